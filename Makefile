@@ -1,0 +1,62 @@
+# Needs make and a Python of 3.11 or newer, nothing else. `make help` lists what it does.
+#
+#     make test PYTHON=python3.12       another Python gets an environment of its own
+
+PYTHON ?= python3
+OUT ?= runs/demo
+PYTEST_ARGS ?=
+
+# .venv for the default Python, .venv-3.12 for another, so that two never share one.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+
+# Compilers for machines that are not there: real XLA:TPU and XLA:GPU.
+AOT := tpu-aot,gpu-aot
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format notebook clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+demo: $(VENV)/.demo  ## Llama-3.1-70B over 8 x H100 and v5p:2x2x2; report in runs/demo
+	$(BIN)/python -m experiments.tradeoff --model=llama-3.1-70b \
+	    --target=h100:8,v5p:2x2x2 \
+	    --partitions=tp8,tp4_pp2,tp2_pp4,pp8,dp2_tp4,dp2_tp2_pp2 \
+	    --batch_sizes=1,16,64 --input_len=2048 --output_len=128 --out=$(OUT)
+
+test: $(VENV)/.dev  ## set up and run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff and pyright, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebook: $(VENV)/.notebooks  ## open colab/ in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=colab
+
+clean:  ## remove environments and caches; runs/ stays
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than pyproject.toml when the environment has what pyproject.toml asks for.
+$(VENV)/.demo: EXTRAS := $(AOT)
+$(VENV)/.dev: EXTRAS := $(AOT),dev
+$(VENV)/.notebooks: EXTRAS := $(AOT),notebooks
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); jax needs 3.11 or newer." \
+	        "Install one and say where: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
