@@ -55,8 +55,8 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); jax needs 3.11 or newer." \
-	        "Install one and say where: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "PYTHON=$(PYTHON) is Python $(or $(VERSION),that does not start); jax needs 3.11 or newer." \
+	        "Install one and name it: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
