@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices and may compile for GPUs and TPUs that are not there."""
+"""Tests see 8 CPU devices, and may compile for GPUs and TPUs that are not there."""
 
 import os
 

@@ -14,8 +14,12 @@ WRITTEN_BY_HAND = {".py", ".md", ".toml", ".yaml", ".ipynb", ".j2", ""}
 def _tracked() -> list[pathlib.Path]:
     """Returns the files git tracks, with those about to be."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    listed = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return [
+        ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()
+    ]
 
 
 FILES = _tracked()
@@ -49,7 +53,9 @@ def test_lines_end_without_space_and_files_with_one_newline() -> None:
             continue
         text = path.read_text()
         if text and (not text.endswith("\n") or text.endswith("\n\n")):
-            untidy.append(f"{path.relative_to(ROOT)}: ends with no newline, or with more")
+            untidy.append(
+                f"{path.relative_to(ROOT)}: ends with no newline, or with more"
+            )
         for number, line in enumerate(text.split("\n"), start=1):
             if line != line.rstrip(" \t\r"):
                 untidy.append(f"{path.relative_to(ROOT)}:{number}: trailing space")
