@@ -164,10 +164,10 @@ def rotary_frequencies(
     """Returns the angle by which each pair of a head turns per position, [H / 2].
 
     Pair i turns by theta^(-2i / H) (Su et al. 2021, arXiv:2104.09864, section 3.2.2).
-    Llama 3.1 reaches longer contexts by slowing the slow pairs down: with C / W the turns
-    a pair made in the original context, a pair of at most `low_freq_factor` turns goes
-    `factor` times slower, one of at least `high_freq_factor` turns as before, and one in
-    between at a mean of the two, linear in C / W.
+    Llama 3.1 reaches longer contexts by slowing the slow pairs down. Over the original
+    context a pair makes so many turns: with at most `low_freq_factor` of them it goes
+    `factor` times slower, with at least `high_freq_factor` as before, and in between at
+    a mean of the two speeds that is linear in the turns.
     """
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
