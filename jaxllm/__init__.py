@@ -1,0 +1,1 @@
+"""What is computed: a dense decoder-only transformer. Knows nothing of devices."""

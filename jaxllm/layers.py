@@ -1,0 +1,179 @@
+"""Norm, rotary embedding, attention projections, feed-forward: one block's parts.
+
+A layer takes `place`, which pins a named activation to a layout and may be the
+identity; it knows nothing of devices. Query, key and value are one weight, and so
+are gate and up: one matrix product each, split over key/value heads and over the
+hidden width so that every shard holds whole pieces.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxllm.config import ModelConfig, RopeScaling
+
+
+class Place(Protocol):
+    """Pins activation `x`, whose dimensions are `names`, to a layout; returns it."""
+
+    def __call__(self, x: Array, names: tuple[str | None, ...]) -> Array: ...
+
+
+def anywhere(x: Array, names: tuple[str | None, ...]) -> Array:
+    """A `Place` that leaves every activation where it is."""
+    del names
+    return x
+
+
+def param(
+    init: Callable[..., Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
+    """Returns a parameter whose dimensions are named `axes`."""
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        ones = jax.nn.initializers.ones
+        self.eps = config.norm_eps
+        self.scale = param(
+            ones, (config.embed_dim,), ("embed",), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(power + self.eps)).astype(x.dtype)
+        return normed * self.scale[...][None, None, :]
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[Array, " H/2"]:
+    """Returns the angle by which each pair of coordinates turns per position.
+
+    Su et al. 2021, arXiv:2104.09864, with the stretching described at
+    `RopeScaling`. In radians, float32.
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "B T K G H"], angles: Float[Array, "B T H/2"]
+) -> Float[Array, "B T K G H"]:
+    """Turns coordinate pairs (i, i + H/2) of every head by `angles`, in float32."""
+    cos = jnp.cos(angles)[:, :, None, None, :]
+    sin = jnp.sin(angles)[:, :, None, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """The projections around grouped-query attention (arXiv:2305.13245).
+
+    `w_qkv[:, k]` holds, for key/value head k, its G query heads, then its key, then
+    its value.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, h = config.embed_dim, config.head_dim
+        k, g = config.num_kv_heads, config.group_size
+        init_in = jax.nn.initializers.normal(d**-0.5)
+        init_out = jax.nn.initializers.normal((k * g * h) ** -0.5)
+        self.w_qkv = param(
+            init_in,
+            (d, k, g + 2, h),
+            ("embed", "heads", None, "head_dim"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.w_out = param(
+            init_out,
+            (k, g, h, d),
+            ("heads", None, "head_dim", "embed"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def project_in(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T H/2"],
+        place: Place = anywhere,
+    ) -> tuple[
+        Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+    ]:
+        """Returns rotated queries, rotated keys and values."""
+        qkv = jnp.einsum("BTD,DKCH->BTKCH", x, self.w_qkv[...])
+        qkv = place(qkv, ("cache_batch", "seq", "heads", None, "head_dim"))
+        rotated = rotate(qkv[:, :, :, :-1], angles)
+        return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
+
+    def project_out(
+        self, heads: Float[Array, "B T K G H"], place: Place = anywhere
+    ) -> Float[Array, "B T D"]:
+        heads = place(heads, ("batch", "seq", "heads", None, "head_dim"))
+        return jnp.einsum("BTKGH,KGHD->BTD", heads, self.w_out[...])
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, f = config.embed_dim, config.mlp_dim
+        self.w_gate_up = param(
+            jax.nn.initializers.normal(d**-0.5),
+            (d, 2, f),
+            ("embed", None, "mlp"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.w_down = param(
+            jax.nn.initializers.normal(f**-0.5),
+            (f, d),
+            ("mlp", "embed"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Place = anywhere
+    ) -> Float[Array, "B T D"]:
+        gate_up = jnp.einsum("BTD,DCF->BTCF", x, self.w_gate_up[...])
+        gate_up = place(gate_up, ("batch", "seq", None, "mlp"))
+        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return jnp.einsum("BTF,FD->BTD", hidden, self.w_down[...])
+
+
+def angles_at(
+    positions: Int[Array, "B T"], config: ModelConfig
+) -> Float[Array, "B T H/2"]:
+    """Returns the rotary angles of `positions`, in radians, float32."""
+    frequencies = rotary_frequencies(
+        config.head_dim, config.rope_theta, config.rope_scaling
+    )
+    return positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]

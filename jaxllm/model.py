@@ -1,0 +1,228 @@
+"""The transformer: embedding, decoder blocks, head; blocks unrolled or scanned.
+
+The modules are Flax NNX; what runs is a function of plain parameter arrays, held in
+`Params`. Blocks come either as a tuple of L parameter trees ("unrolled": every layer
+is its own piece of program) or as one tree with a leading layer dimension
+("scanned": one piece of program in a loop). `stack_blocks` turns the first into the
+second; both give the same answer.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxllm.cache import KV, CacheLayer
+from jaxllm.config import ModelConfig
+from jaxllm.layers import MLP, Attention, Place, RMSNorm, anywhere, param
+
+Layers = Literal["unrolled", "scanned"]
+Tree = Any  # A pytree of arrays, of shapes, or of shardings.
+
+# Attention of new queries, keys and values with a layer's cache, which it updates.
+Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T H/2"],
+        cache: CacheLayer,
+        attend: Attend,
+        place: Place = anywhere,
+    ) -> tuple[Float[Array, "B T D"], CacheLayer]:
+        with jax.named_scope("attention"):
+            inner = place(self.attention_norm(x), ("batch", "seq", "embed"))
+            q, k, v = self.attention.project_in(inner, angles, place)
+            heads, cache = attend(q, k, v, cache)
+            out = self.attention.project_out(heads, place)
+            x = x + place(out, ("batch", "residual_seq", "embed"))
+        with jax.named_scope("mlp"):
+            inner = place(self.mlp_norm(x), ("batch", "seq", "embed"))
+            out = self.mlp(inner, place)
+            x = x + place(out, ("batch", "residual_seq", "embed"))
+        return x, cache
+
+
+class Ends(nnx.Module):
+    """What stands before and after the blocks: embedding, last norm, head."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(config.embed_dim**-0.5)
+        v, d = config.vocab_size, config.embed_dim
+        self.embedding = param(
+            normal, (v, d), ("vocab", "embed"), dtype=dtype, rngs=rngs
+        )
+        self.final_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
+        if not config.tie_embeddings:
+            self.w_head = param(
+                normal, (d, v), ("embed", "vocab"), dtype=dtype, rngs=rngs
+            )
+        self.tied = config.tie_embeddings
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+
+    def logits(
+        self, x: Float[Array, "B D"], place: Place = anywhere
+    ) -> Float[Array, "B V"]:
+        """Returns float32 scores of every token."""
+        normed = self.final_norm(x[:, None])[:, 0]
+        weight = self.embedding[...].T if self.tied else self.w_head[...]
+        scores = jnp.einsum(
+            "BD,DV->BV", normed, weight, preferred_element_type=jnp.float32
+        )
+        return place(scores, ("batch", "vocab"))
+
+
+class Params(NamedTuple):
+    """Parameters as plain arrays.
+
+    Attributes:
+      ends: the tree of `Ends`.
+      blocks: a tuple of L trees of `Block`, or one tree with stacked layers.
+    """
+
+    ends: Tree
+    blocks: Tree
+
+
+@functools.cache
+def _definitions(
+    config: ModelConfig,
+) -> tuple[nnx.GraphDef[Ends], nnx.GraphDef[Block], Tree, Tree]:
+    def split(kind: type[nnx.Module]) -> tuple[Any, Tree]:
+        graph, state = nnx.split(
+            nnx.eval_shape(lambda: kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        )
+        names = {path: leaf.axes for path, leaf in nnx.to_flat_state(state)}
+        return graph, _as_tree(names)
+
+    ends, ends_axes = split(Ends)
+    block, block_axes = split(Block)
+    return ends, block, ends_axes, block_axes
+
+
+def _as_tree(flat: dict[tuple[str, ...], Any]) -> Tree:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def bind_ends(config: ModelConfig, tree: Tree) -> Ends:
+    """Returns the module whose parameters are the arrays of `tree`."""
+    return _bind(_definitions(config)[0], tree)
+
+
+def bind_block(config: ModelConfig, tree: Tree) -> Block:
+    """Returns the module whose parameters are the arrays of `tree`."""
+    return _bind(_definitions(config)[1], tree)
+
+
+def _bind(graph: nnx.GraphDef[Any], tree: Tree) -> Any:
+    flat: dict[tuple[str, ...], Any] = {}
+
+    def visit(node: Tree, path: tuple[str, ...]) -> None:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                visit(child, (*path, key))
+        else:
+            flat[path] = nnx.Param(node)
+
+    visit(tree, ())
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """Returns the dimension names of every parameter, `blocks` being one block's."""
+    _, _, ends, block = _definitions(config)
+    return Params(ends=ends, blocks=block)
+
+
+def init_params(config: ModelConfig, dtype: DTypeLike, seed: int = 0) -> Params:
+    """Returns random parameters, blocks unrolled. Traceable: `jax.eval_shape` it."""
+    rngs = nnx.Rngs(seed)
+
+    def make(kind: type[nnx.Module]) -> Tree:
+        state = nnx.state(kind(config, dtype=dtype, rngs=rngs))
+        return _as_tree({path: leaf[...] for path, leaf in nnx.to_flat_state(state)})
+
+    return Params(
+        ends=make(Ends), blocks=tuple(make(Block) for _ in range(config.num_layers))
+    )
+
+
+def stack_blocks(blocks: Sequence[Tree]) -> Tree:
+    """Returns one tree whose arrays have a leading dimension of len(blocks)."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+
+def run_blocks(
+    config: ModelConfig,
+    blocks: Tree,
+    caches: Sequence[KV] | KV,
+    x: Float[Array, "B T D"],
+    angles: Float[Array, "B T H/2"],
+    attend: Attend,
+    place: Place = anywhere,
+    *,
+    cache_at: CacheLayer | None = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Runs `x` through the blocks.
+
+    Args:
+      config: shape of the model.
+      blocks: a tuple of trees (unrolled) or one stacked tree (scanned).
+      caches: unrolled: a `KV` for each block. Scanned: one `KV` with the layer
+        dimension behind the dimensions that `cache_at.index` already names.
+      x: residual stream.
+      angles: rotary angles of its positions.
+      attend: what attention does; gets and returns the layer's cache.
+      place: pins activations.
+      cache_at: where in each cache to read and write (`kv` is ignored).
+
+    Returns:
+      The residual stream and the updated caches.
+    """
+    at = cache_at or CacheLayer(kv=KV(x, x))
+
+    def run(x: Array, tree: Tree, kv: KV, index: tuple[Any, ...]) -> tuple[Array, KV]:
+        layer = CacheLayer(kv=kv, index=index, row=at.row, keep=at.keep)
+        x, layer = bind_block(config, tree)(x, angles, layer, attend, place)
+        return x, layer.kv
+
+    if isinstance(blocks, tuple):
+        done = []
+        for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
+            with jax.named_scope(f"layer_{i}"):
+                x, kv = run(x, tree, kv, at.index)
+            done.append(kv)
+        return x, tuple(done)
+
+    def body(carry: tuple[Array, KV], step: tuple[Array, Tree]):
+        i, tree = step
+        return run(carry[0], tree, carry[1], (*at.index, i)), None
+
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    with jax.named_scope("layers"):
+        carry, _ = lax.scan(body, (x, caches), (jnp.arange(count), blocks))
+    return carry

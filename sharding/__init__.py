@@ -1,0 +1,1 @@
+"""Where the model is computed, and what that costs."""
