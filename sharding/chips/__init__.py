@@ -1,4 +1,4 @@
-"""Chips: peak rates, memory and links, one data file each, every figure with its source.
+"""Chips: peak rates, memory and links, a data file each, a source for every figure.
 
 `CHIPS["h100"]` is read from `h100.toml` beside this file. To add a chip, copy the
 file of a similar one, change the figures and their sources, and name it in
@@ -205,8 +205,8 @@ def _value(path: pathlib.Path, name: str, figure: Any, sources: dict[str, str]) 
     """Returns the value of one figure and files its source."""
     if not isinstance(figure, dict) or not set(figure) <= {"value", "source"}:
         raise ValueError(
-            f"cannot read {name} in chip file {path.name}: found {figure!r}. A figure is"
-            f" a table with `value` and `source` only. Write it as [{name}]."
+            f"cannot read {name} in chip file {path.name}: found {figure!r}. A figure"
+            f" is a table with `value` and `source` only. Write it as [{name}]."
         )
     value = figure.get("value")
     if isinstance(value, bool) or not isinstance(value, int | float):
