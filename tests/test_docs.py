@@ -108,10 +108,9 @@ def _flags(path: pathlib.Path) -> set[str]:
         n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
     ]
     return {
-        call.args[0].value
+        ast.literal_eval(call.args[0])
         for call in calls
         if ast.unparse(call.func).startswith("flags.DEFINE_")
-        and isinstance(call.args[0], ast.Constant)
     }
 
 
