@@ -1,0 +1,269 @@
+"""Layout: the arrays of a partitioned model, their shapes and where they lie.
+
+Parameters and decode state are plain pytrees. With one stage they are the model's
+own; with several, every block array gains a leading stage dimension, and a stage
+with fewer layers than the longest is filled up with layers of zeros, which add
+nothing to the residual stream.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.cache import CACHE_AXES, KV
+from jaxllm.config import ModelConfig
+from jaxllm.model import Layers, Params, Tree, init_params, param_axes, stack_blocks
+from sharding.partition import Partition, Workload
+from sharding.rules import MESH_AXES
+
+Names = tuple[str | None, ...]
+
+
+class State(NamedTuple):
+    """What decode carries from token to token; donated, updated in place.
+
+    Attributes:
+      cache: keys and values of every layer.
+      tokens: [B] int32, the newest token of each sequence.
+      position: where the next token is written: [] int32, or [B] for prompts of
+        different lengths.
+      round: [] int32, decode calls so far.
+      hidden: residual streams on their way between stages, [stage, B/groups, D];
+        an empty tuple where there is one stage.
+    """
+
+    cache: Tree
+    tokens: Any
+    position: Any
+    round: Any
+    hidden: Any
+
+
+class Named(NamedTuple):
+    """Shape, dtype and dimension names of one array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    names: Names
+
+
+def _is_named(x: Any) -> bool:
+    return isinstance(x, Named)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Parameters and state of `config` under `partition`.
+
+    Attributes:
+      config: the model as published.
+      partition: how it is split.
+      workload: sizes the cache.
+      dtype: of parameters, activations and cache.
+      layers: whether each layer is its own arrays, or all are stacked.
+      ragged: whether every sequence has its own position.
+    """
+
+    config: ModelConfig
+    partition: Partition
+    workload: Workload
+    dtype: str = "bfloat16"
+    layers: Layers = "unrolled"
+    ragged: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model as computed: key/value heads repeated over tensor devices."""
+        repeat = self.partition.kv_repeat(self.config)
+        return dataclasses.replace(
+            self.config, num_kv_heads=self.config.num_kv_heads * repeat
+        )
+
+    @property
+    def cache_heads(self) -> int:
+        """Key/value heads that the cache holds, copies included."""
+        split = self.partition.ways("kv_heads") > 1
+        return (self.model if split else self.config).num_kv_heads
+
+    @property
+    def cache_len(self) -> int:
+        """S, positions of the cache: prompt and output, rounded up to equal pieces."""
+        ways = self.partition.ways("cache_seq")
+        total = self.workload.input_len + self.workload.output_len
+        return math.ceil(total / ways) * ways
+
+    @property
+    def replica_batch(self) -> int:
+        """Sequences that one replica's program sees."""
+        manual = self.partition.manual_axes
+        replicas = self.partition.data if "data" in manual else 1
+        return self.workload.batch_size // replicas
+
+    @property
+    def groups(self) -> int:
+        """Groups of sequences in flight: one a stage, or one in all if B is smaller."""
+        stage = self.partition.stage
+        return stage if self.replica_batch >= stage else 1
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers that every stage runs, padding included."""
+        return max(self.partition.stage_layers(self.config))
+
+    def named_params(self) -> Params:
+        """Returns `Named` for every parameter."""
+        shapes = jax.eval_shape(lambda: init_params(self.model, self.dtype))
+        axes = param_axes(self.model)
+        lead_shape, lead_names = self._leading()
+
+        def name(lead: bool, leaf: jax.ShapeDtypeStruct, names: Names) -> Named:
+            if not lead:
+                return Named(leaf.shape, leaf.dtype, names)
+            return Named(lead_shape + leaf.shape, leaf.dtype, lead_names + names)
+
+        ends = jax.tree.map(functools.partial(name, False), shapes.ends, axes.ends)
+        block = jax.tree.map(
+            functools.partial(name, True), shapes.blocks[0], axes.blocks
+        )
+        if self.layers == "scanned":
+            return Params(ends=ends, blocks=block)
+        return Params(ends=ends, blocks=(block,) * self.layers_per_stage)
+
+    def _leading(self) -> tuple[tuple[int, ...], Names]:
+        staged = self.partition.stage > 1
+        shape: tuple[int, ...] = (self.partition.stage,) if staged else ()
+        names: Names = ("layers",) if staged else ()
+        if self.layers == "scanned":
+            shape, names = (*shape, self.layers_per_stage), (*names, None)
+        return shape, names
+
+    def named_state(self) -> State:
+        """Returns `Named` for every array of the decode state."""
+        batch, staged = self.workload.batch_size, self.partition.stage > 1
+        group = batch // self.groups
+        kv_shape = (group, self.cache_heads, self.cache_len, self.config.head_dim)
+        lead: tuple[int, ...] = (self.partition.stage, self.groups) if staged else ()
+        names: Names = ("layers", None) if staged else ()
+        if self.layers == "scanned":
+            lead, names = (*lead, self.layers_per_stage), (*names, None)
+        array = Named(lead + kv_shape, jnp.dtype(self.dtype), names + CACHE_AXES)
+        kv = KV(array, array)
+        scanned = self.layers == "scanned"
+        hidden = Named(
+            (self.partition.stage, group, self.config.embed_dim),
+            jnp.dtype(self.dtype),
+            ("layers", "batch", "embed"),
+        )
+        return State(
+            cache=kv if scanned else (kv,) * self.layers_per_stage,
+            tokens=Named((batch,), jnp.int32, ("batch",)),
+            position=Named(
+                (batch,) if self.ragged else (),
+                jnp.int32,
+                ("batch",) if self.ragged else (),
+            ),
+            round=Named((), jnp.int32, ()),
+            hidden=hidden if staged else (),
+        )
+
+    def spec(self, names: Names, keep: tuple[str, ...] = MESH_AXES) -> PartitionSpec:
+        """Returns how an array that lives between calls is split."""
+        return self.partition.rules.spec(names, phase="decode", keep=keep)
+
+    def specs(self, named: Tree, keep: tuple[str, ...] = MESH_AXES) -> Tree:
+        """Returns the `PartitionSpec` of every `Named`."""
+        return jax.tree.map(lambda n: self.spec(n.names, keep), named, is_leaf=_is_named)
+
+    def abstract(self, named: Tree, mesh: Mesh) -> Tree:
+        """Returns a `ShapeDtypeStruct` with its sharding for every `Named`."""
+
+        def make(n: Named) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, self.spec(n.names))
+            return jax.ShapeDtypeStruct(n.shape, n.dtype, sharding=sharding)
+
+        return jax.tree.map(make, named, is_leaf=_is_named)
+
+    def device_bytes(self, named: Tree) -> int:
+        """Returns the bytes of `named` that lie on one device."""
+
+        def one(n: Named) -> int:
+            pieces = math.prod(self.partition.ways(x, "decode") for x in n.names if x)
+            return math.prod(n.shape) * jnp.dtype(n.dtype).itemsize // pieces
+
+        return sum(map(one, jax.tree.leaves(named, is_leaf=_is_named)))
+
+    def arrange(self, params: Params) -> Params:
+        """Returns unrolled parameters of the published model in this layout.
+
+        Repeats key/value heads, deals layers to stages and fills stages up with
+        zeros. Traceable.
+        """
+        repeat = self.partition.kv_repeat(self.config)
+        blocks = [_repeat_kv_heads(tree, self.config, repeat) for tree in params.blocks]
+        if self.partition.stage > 1:
+            blocks = self._deal(blocks)
+        if self.layers == "unrolled":
+            return Params(ends=params.ends, blocks=tuple(blocks))
+        stacked = stack_blocks(blocks)
+        if self.partition.stage > 1:
+            stacked = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
+        return Params(ends=params.ends, blocks=stacked)
+
+    def _deal(self, blocks: list[Tree]) -> list[Tree]:
+        """Returns, for each layer of a stage, the trees of all stages stacked."""
+        zeros = jax.tree.map(jnp.zeros_like, blocks[0])
+        counts = self.partition.stage_layers(self.config)
+        firsts = [sum(counts[:s]) for s in range(len(counts))]
+        return [
+            stack_blocks(
+                [
+                    blocks[first + i] if i < count else zeros
+                    for first, count in zip(firsts, counts, strict=True)
+                ]
+            )
+            for i in range(self.layers_per_stage)
+        ]
+
+    def zeros(self, named: Tree, mesh: Mesh) -> Tree:
+        """Returns zero arrays on the devices of `mesh`."""
+        return self._create(
+            lambda: jax.tree.map(
+                lambda n: jnp.zeros(n.shape, n.dtype), named, is_leaf=_is_named
+            ),
+            named,
+            mesh,
+        )
+
+    def random_params(self, mesh: Mesh, seed: int = 0) -> Params:
+        """Returns random parameters on the devices of `mesh`, made where they lie."""
+        return self._create(
+            lambda: self.arrange(init_params(self.config, self.dtype, seed)),
+            self.named_params(),
+            mesh,
+        )
+
+    def _create(self, make: Callable[[], Tree], named: Tree, mesh: Mesh) -> Tree:
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract(named, mesh))
+        return jax.jit(make, out_shardings=shardings)()
+
+
+def _repeat_kv_heads(block: Tree, config: ModelConfig, repeat: int) -> Tree:
+    """Returns the block with every key/value head `repeat` times, queries dealt out."""
+    if repeat == 1:
+        return block
+    group = config.group_size
+    w_qkv, w_out = block["attention"]["w_qkv"], block["attention"]["w_out"]
+    d, k, _, h = w_qkv.shape
+    queries = w_qkv[:, :, :group].reshape(d, k * repeat, group // repeat, h)
+    shared = jnp.repeat(w_qkv[:, :, group:], repeat, axis=1)
+    attention = {
+        "w_qkv": jnp.concatenate([queries, shared], axis=2),
+        "w_out": w_out.reshape(k * repeat, group // repeat, h, d),
+    }
+    return {**block, "attention": attention}

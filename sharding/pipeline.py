@@ -1,0 +1,320 @@
+"""Stages and micro-batches: prefill and decode as one `jax.shard_map` program.
+
+Every stage runs the same program on its own layers; activations move to the next
+stage by `ppermute` once a tick. At tick t, stage s works on item t - s, so all stages
+are busy once the pipeline is full.
+
+Prefill takes micro-batches of whole sequences: M of them take M + S - 1 ticks.
+Decode keeps G = S groups of sequences in flight, one a stage, for ever: stage s works
+on group (t - s) mod S at tick t, and the token sampled at the end of one tick is what
+the first stage embeds in the next. One call is a round of S ticks, in which every
+group gains one token and no stage idles. Group 0 receives its token in the call that
+started it, the others early in the next call. A batch smaller than S is one group
+that walks through the stages, G = 1.
+
+The cache of group g lies in slot (g + s) mod G of stage s, so that at tick t every
+stage reads slot t mod G: the place is known when compiling.
+
+Embedding and head are split over stages by vocabulary, so no stage is larger than
+another; that costs a sum of B D over the stage axis on the way in and on the way out.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.cache import KV, CacheLayer
+from jaxllm.config import ModelConfig
+from jaxllm.decode import greedy, last_position, prompt_attend, token_attend
+from jaxllm.layers import Place, angles_at
+from jaxllm.model import Layers, Params, Tree, bind_ends, run_blocks
+from sharding.layout import State
+
+_AXIS = "stage"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What one replica's pipeline needs to know.
+
+    Attributes:
+      config: the model as computed.
+      stages: S.
+      groups: G in flight while decoding, S or 1.
+      micro_batches: M of prefill; a multiple of G.
+      layers: unrolled or scanned; ticks of decode likewise.
+      place: pins activations over the axes that the compiler handles.
+      with_logits: return the logits; else an empty tuple stands for them.
+      wide_sums: sum over stages in float32, for XLA:CPU, which aborts on a bfloat16
+        all-reduce inside a manual region ("Invalid binary instruction opcode copy",
+        jaxlib 0.10.2 and 0.12.0).
+    """
+
+    config: ModelConfig
+    stages: int
+    groups: int
+    micro_batches: int
+    layers: Layers
+    place: Place
+    with_logits: bool
+    wide_sums: bool
+
+    def prefill(
+        self,
+        params: Params,
+        state: State,
+        prompts: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[State, Any]:
+        """Reads prompts [B, T] into the state; returns it and the logits [B, V].
+
+        Runs inside `jax.shard_map` over the stage axis.
+        """
+        stage = lax.axis_index(_AXIS)
+        batch, seq_len = prompts.shape
+        size = batch // self.micro_batches
+        blocks, cache = _local((params.blocks, state.cache))
+        items = self._split(prompts)
+        item_lengths = None if lengths is None else self._split(lengths)
+        positions = jnp.broadcast_to(jnp.arange(seq_len)[None], (size, seq_len))
+        angles = angles_at(positions, self.config)
+
+        def tick(carry: tuple[jax.Array, Tree], t: jax.Array):
+            x, cache = carry
+            with jax.named_scope("embed"):
+                fed = self._embed(params.ends, items[_clip(t, self.micro_batches)])
+            x = jnp.where(stage == 0, fed, x)
+            item = t - stage
+            busy = (item >= 0) & (item < self.micro_batches)
+            at = CacheLayer(
+                kv=KV(x, x),
+                index=(t % self.groups,),
+                row=_clip(item, self.micro_batches) // self.groups * size,
+                keep=~busy,
+            )
+            x, cache = run_blocks(
+                self.config,
+                blocks,
+                cache,
+                x,
+                angles,
+                prompt_attend(self.place),
+                self.place,
+                cache_at=at,
+            )
+            out = _clip(t - (self.stages - 1), self.micro_batches)
+            last = last_position(
+                x, None if item_lengths is None else item_lengths[out]
+            )
+            return (self._pass_on(x), cache), last
+
+        ticks = self.micro_batches + self.stages - 1
+        empty = jnp.zeros((size, seq_len, self.config.embed_dim), _dtype(params))
+        empty = self.place(empty, ("batch", "residual_seq", "embed"))
+        with jax.named_scope("ticks"):
+            (_, cache), last = lax.scan(tick, (empty, cache), jnp.arange(ticks))
+        last = self._join(last[self.stages - 1 :])
+        logits = self._logits(params.ends, self._from_last_stage(last))
+        tokens = self._sample(logits)
+        count = jnp.int32(seq_len) if lengths is None else lengths
+        state = state._replace(
+            cache=_global(cache),
+            tokens=tokens,
+            position=count,
+            round=jnp.int32(0),
+            hidden=jnp.zeros_like(state.hidden),
+        )
+        return state, self._all_logits(logits)
+
+    def decode(self, params: Params, state: State) -> tuple[State, Any]:
+        """Runs one round; returns the state and the logits [B, V] behind its tokens.
+
+        Runs inside `jax.shard_map` over the stage axis.
+        """
+        blocks, cache, hidden = _local((params.blocks, state.cache, state.hidden))
+        tokens = state.tokens.reshape(self.groups, -1)
+        run = self._full_round if self.groups > 1 else self._single_round
+        cache, tokens, hidden, logits = run(
+            params.ends, blocks, cache, tokens, hidden, state
+        )
+        state = state._replace(
+            cache=_global(cache),
+            tokens=tokens.reshape(-1),
+            position=state.position + 1,
+            round=state.round + 1,
+            hidden=hidden[None],
+        )
+        return state, logits
+
+    def _full_round(
+        self,
+        ends: Tree,
+        blocks: Tree,
+        cache: Tree,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        state: State,
+    ) -> tuple[Tree, jax.Array, jax.Array, Any]:
+        stage = lax.axis_index(_AXIS)
+
+        def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array | int):
+            cache, tokens, hidden = carry
+            with jax.named_scope("embed"):
+                fed = self._embed(ends, tokens[t][:, None])[:, 0]
+            x = jnp.where(stage == 0, fed, hidden)
+            # A group that entered before this round is one position behind.
+            behind = (t < stage).astype(jnp.int32)
+            position = self._position(state.position, t - stage) - behind
+            busy = (behind == 0) | (state.round > 0)
+            x, cache = self._step(blocks, cache, x, position, t, ~busy)
+            logits = self._logits(ends, self._from_last_stage(x))
+            done = (t + 1) % self.groups
+            fresh = (done == 0) | (state.round > 0)
+            token = jnp.where(fresh, self._sample(logits), tokens[done])
+            tokens = tokens.at[done].set(token)
+            return (cache, tokens, self._pass_on(x)), self._all_logits(logits)
+
+        carry = (cache, tokens, hidden)
+        if self.layers == "scanned":
+            carry, logits = lax.scan(tick, carry, jnp.arange(self.stages))
+        else:
+            every = []
+            for t in range(self.stages):
+                with jax.named_scope(f"tick_{t}"):
+                    carry, one = tick(carry, t)
+                every.append(one)
+            logits = jax.tree.map(lambda *x: jnp.stack(x), *every)
+        if self.with_logits:
+            # Tick t finished group t + 1: bring the groups into order.
+            logits = jnp.roll(logits, 1, axis=0).reshape(-1, logits.shape[-1])
+        return *carry, logits
+
+    def _single_round(
+        self,
+        ends: Tree,
+        blocks: Tree,
+        cache: Tree,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        state: State,
+    ) -> tuple[Tree, jax.Array, jax.Array, Any]:
+        stage = lax.axis_index(_AXIS)
+        fed = self._embed(ends, tokens[0][:, None])[:, 0]
+
+        def tick(carry: tuple[Tree, jax.Array], t: jax.Array | int):
+            cache, x = carry
+            x, cache = self._step(blocks, cache, x, state.position, 0, stage != t)
+            return (cache, self._pass_on(x)), x
+
+        carry = (cache, fed)
+        if self.layers == "scanned":
+            carry, every = lax.scan(tick, carry, jnp.arange(self.stages))
+            last = every[-1]
+        else:
+            last = fed
+            for t in range(self.stages):
+                with jax.named_scope(f"tick_{t}"):
+                    carry, last = tick(carry, t)
+        logits = self._logits(ends, self._from_last_stage(last))
+        token = self._sample(logits)[None]
+        return carry[0], token, hidden, self._all_logits(logits)
+
+    def _step(
+        self,
+        blocks: Tree,
+        cache: Tree,
+        x: jax.Array,
+        position: jax.Array,
+        slot: jax.Array | int,
+        keep: jax.Array,
+    ) -> tuple[jax.Array, Tree]:
+        """Runs one token [b, D] through this stage's layers."""
+        where = jnp.broadcast_to(position, x.shape[:1])[:, None]
+        x, cache = run_blocks(
+            self.config,
+            blocks,
+            cache,
+            self.place(x[:, None], ("batch", "residual_seq", "embed")),
+            angles_at(where, self.config),
+            token_attend(position, self.place),
+            self.place,
+            cache_at=CacheLayer(kv=KV(x, x), index=(slot,), keep=keep),
+        )
+        return x[:, 0], cache
+
+    def _position(self, position: jax.Array, item: jax.Array) -> jax.Array:
+        if position.ndim == 0:
+            return position
+        return position.reshape(self.groups, -1)[item % self.groups]
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """Returns [B, ...] as micro-batches [M, B/M, ...]; the i-th is of group i % G."""
+        x = x.reshape(self.groups, self.micro_batches // self.groups, -1, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(self.micro_batches, -1, *x.shape[3:])
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """Undoes `_split`."""
+        x = x.reshape(self.micro_batches // self.groups, self.groups, -1, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    def _embed(self, ends: Tree, tokens: jax.Array) -> jax.Array:
+        """Looks up [b, t] tokens in this stage's part of the table; sums the parts."""
+        count = ends["embedding"].shape[0]
+        index = tokens - lax.axis_index(_AXIS) * count
+        mine = (index >= 0) & (index < count)
+        found = bind_ends(self.config, ends).embed(jnp.where(mine, index, 0))
+        found = jnp.where(mine[:, :, None], found, 0)
+        return self._sum(self.place(found, ("batch", "residual_seq", "embed")))
+
+    def _logits(self, ends: Tree, x: jax.Array) -> jax.Array:
+        """Returns the scores [b, V/S] of this stage's part of the vocabulary."""
+        with jax.named_scope("head"):
+            x = self.place(x, ("batch", "embed"))
+            return bind_ends(self.config, ends).logits(x, self.place)
+
+    def _sample(self, logits: jax.Array) -> jax.Array:
+        """Returns the most likely token over all stages; the lowest of equals."""
+        with jax.named_scope("sample"):
+            best = greedy(logits)
+            score = jnp.max(logits, axis=-1)
+            scores = lax.all_gather(score, _AXIS)
+            tokens = lax.all_gather(best + lax.axis_index(_AXIS) * logits.shape[-1], _AXIS)
+            return jnp.take_along_axis(tokens, greedy(scores.T)[None], axis=0)[0]
+
+    def _all_logits(self, logits: jax.Array) -> Any:
+        if not self.with_logits:
+            return ()
+        return lax.all_gather(logits, _AXIS, axis=1, tiled=True)
+
+    def _from_last_stage(self, x: jax.Array) -> jax.Array:
+        last = lax.axis_index(_AXIS) == self.stages - 1
+        return self._sum(jnp.where(last, x, 0))
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        if self.wide_sums:
+            return lax.psum(x.astype(jnp.float32), _AXIS).astype(x.dtype)
+        return lax.psum(x, _AXIS)
+
+    def _pass_on(self, x: jax.Array) -> jax.Array:
+        pairs = [(s, s + 1) for s in range(self.stages - 1)]
+        return lax.ppermute(x, _AXIS, pairs)
+
+
+def _clip(item: jax.Array, count: int) -> jax.Array:
+    return jnp.clip(item, 0, count - 1)
+
+
+def _dtype(params: Params) -> Any:
+    return params.ends["embedding"].dtype
+
+
+def _local(tree: Tree) -> Tree:
+    """Drops the stage dimension, of size 1 inside the map."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _global(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x[None], tree)

@@ -1,0 +1,366 @@
+"""Program: one phase of one partitioned model, abstract until it is compiled.
+
+A program knows the shapes and layouts of its arguments, so it can be lowered and
+compiled for devices that are not there. With one stage it is a plain `jax.jit` whose
+layouts follow from named arguments and constrained activations; stages, and replicas
+that share nothing, are handled by `jax.shard_map` around it (`sharding.pipeline`).
+
+    prefill(params, state, prompts[, lengths]) -> state, logits
+    decode(params, state)                      -> state, logits
+
+`state` is donated. Logits are an empty tuple unless `with_logits`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxllm import decode as decode_lib
+from jaxllm.config import ModelConfig
+from jaxllm.layers import Place
+from jaxllm.model import Layers, Params
+from sharding.layout import Layout, Named, State
+from sharding.mesh import make_mesh
+from sharding.partition import Partition, Workload, check
+from sharding.pipeline import Pipeline
+from sharding.target import Target
+
+Phase = Literal["prefill", "decode"]
+
+# Prompt tokens that a replica reads at once. More would only cost memory: a matrix
+# product of this many rows is limited by compute on every chip we know (an H100 needs
+# about 300: 989e12 / 3.35e12), and weights are read again for each micro-batch.
+MICRO_BATCH_TOKENS = 16_384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device, by what they hold, while a program runs.
+
+    Attributes:
+      weights_bytes: parameters, padded layers included.
+      kv_bytes: the cache of every sequence in flight.
+      activations_bytes: the compiler's temporaries.
+      other_bytes: prompts, tokens, residual streams in flight, results, code.
+      peak_bytes: the sum; what must fit.
+    """
+
+    weights_bytes: int
+    kv_bytes: int
+    activations_bytes: int
+    other_bytes: int
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """What the compiler made of a program.
+
+    Attributes:
+      text: the optimised HLO of one device.
+      memory: of one device.
+      alias_bytes: of one device's results that are written over its arguments.
+      xla_flops: what XLA's own cost analysis says, None where it says nothing.
+      compile_s: seconds to trace, lower and compile.
+      ticks: equal steps that a stage executes in one call.
+      busy_ticks: those in which it does useful work.
+      executable: call it with the program's arguments, on attached devices.
+    """
+
+    text: str
+    memory: Memory
+    alias_bytes: int
+    xla_flops: float | None
+    compile_s: float
+    ticks: int
+    busy_ticks: int
+    executable: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One phase of `config` under `partition`.
+
+    Attributes:
+      phase: "prefill" or "decode".
+      config: the model as published.
+      partition: how it is split.
+      workload: batch and lengths.
+      dtype: of parameters, activations and cache.
+      layers: unrolled or scanned.
+      micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
+      ragged: prompts of different lengths, each with its own position.
+      with_logits: also return logits [B, V] in float32.
+
+    Raises:
+      ValueError: the combination cannot work; see `sharding.partition.check`.
+    """
+
+    phase: Phase
+    config: ModelConfig
+    partition: Partition
+    workload: Workload
+    dtype: str = "bfloat16"
+    layers: Layers = "unrolled"
+    micro_batches: int | None = None
+    ragged: bool = False
+    with_logits: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.config, self.partition, self.workload)
+        asked, batch = self.micro_batches, self.layout.replica_batch
+        if asked and (batch % asked or asked % self.layout.groups):
+            raise ValueError(
+                f"{asked} micro-batches of {batch} sequences a replica with"
+                f" {self.layout.groups} groups in flight: micro-batches must divide the"
+                " sequences and be a multiple of the groups. Choose another number, or"
+                " leave it out."
+            )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            config=self.config,
+            partition=self.partition,
+            workload=self.workload,
+            dtype=self.dtype,
+            layers=self.layers,
+            ragged=self.ragged,
+        )
+
+    @property
+    def prefill_micro_batches(self) -> int:
+        """M: as many as fill the pipeline, and bound the activations.
+
+        With one stage, the fewest that hold at most MICRO_BATCH_TOKENS each. With
+        several, one for each sequence keeps bubbles shortest; sequences are put
+        together while that leaves at most 2048 tokens in a micro-batch.
+        """
+        if self.micro_batches:
+            return self.micro_batches
+        layout = self.layout
+        batch, groups = layout.replica_batch, layout.groups
+        if self.partition.ways("cache_batch") > 1 and not layout.partition.data == 1:
+            if "data" not in self.partition.manual_axes:
+                return groups  # Rows of a split batch cannot be taken one by one.
+        limit = MICRO_BATCH_TOKENS if self.partition.stage == 1 else 2048
+        fitting = [
+            m
+            for m in range(1, batch + 1)
+            if batch % m == 0
+            and m % groups == 0
+            and batch // m * self.workload.input_len <= limit
+        ]
+        return min(fitting, default=batch)
+
+    @property
+    def ticks(self) -> int:
+        """Equal steps that a stage executes in one call."""
+        stages = self.partition.stage
+        if self.phase == "decode":
+            return stages
+        return self.prefill_micro_batches + stages - 1
+
+    @property
+    def busy_ticks(self) -> int:
+        """Ticks in which a stage does useful work."""
+        if self.phase == "decode":
+            return self.layout.groups
+        return self.prefill_micro_batches
+
+    def named_arguments(self) -> tuple[Any, ...]:
+        """Returns `Named` for every argument."""
+        layout = self.layout
+        arguments: tuple[Any, ...] = (layout.named_params(), layout.named_state())
+        if self.phase == "prefill":
+            batch, seq_len = self.workload.batch_size, self.workload.input_len
+            arguments += (Named((batch, seq_len), jnp.int32, ("batch", None)),)
+            if self.ragged:
+                arguments += (Named((batch,), jnp.int32, ("batch",)),)
+        return arguments
+
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        """Returns the program lowered for the devices of `mesh`."""
+        arguments = self.named_arguments()
+        abstract = tuple(self.layout.abstract(named, mesh) for named in arguments)
+        results = self._result_specs()
+        shardings = jax.tree.map(
+            lambda spec: jax.sharding.NamedSharding(mesh, spec),
+            results,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+        with jax.set_mesh(mesh):
+            return jax.jit(
+                self._function(mesh), donate_argnums=1, out_shardings=shardings
+            ).lower(*abstract)
+
+    def compile(self, target: Target) -> CompiledProgram:
+        """Returns the program compiled for `target`, whose devices need not exist."""
+        check(
+            self.config,
+            self.partition,
+            self.workload,
+            num_devices=target.num_devices,
+            target=target.name,
+        )
+        start = time.perf_counter()
+        mesh = make_mesh(target.mesh_devices(self.partition.shape))
+        executable = self.lower(mesh).compile()
+        compile_s = time.perf_counter() - start
+        stats = executable.memory_analysis()
+        if stats is None:
+            raise RuntimeError(
+                f"XLA gives no memory analysis for {self.phase} of"
+                f" {self.partition.name} on {target.name}; it is needed to say what"
+                " fits. Use another jax version."
+            )
+        cost = executable.cost_analysis()
+        return CompiledProgram(
+            text=executable.as_text(),
+            memory=self._memory(stats),
+            alias_bytes=stats.alias_size_in_bytes,
+            xla_flops=cost.get("flops") if cost else None,
+            compile_s=compile_s,
+            ticks=self.ticks,
+            busy_ticks=self.busy_ticks,
+            executable=executable,
+        )
+
+    def _memory(self, stats: Any) -> Memory:
+        layout = self.layout
+        weights = layout.device_bytes(layout.named_params())
+        kv = layout.device_bytes(layout.named_state().cache)
+        live = (
+            stats.argument_size_in_bytes
+            + stats.output_size_in_bytes
+            - stats.alias_size_in_bytes
+            + stats.temp_size_in_bytes
+            + stats.generated_code_size_in_bytes
+        )
+        return Memory(
+            weights_bytes=weights,
+            kv_bytes=kv,
+            activations_bytes=stats.temp_size_in_bytes,
+            other_bytes=live - weights - kv - stats.temp_size_in_bytes,
+            peak_bytes=live,
+        )
+
+    def _result_specs(self, keep: tuple[str, ...] | None = None) -> Any:
+        layout = self.layout
+        axes = keep if keep is not None else ("data", "stage", "tensor")
+        state = layout.specs(layout.named_state(), axes)
+        logits = layout.spec(("batch", None), axes) if self.with_logits else ()
+        return state, logits
+
+    def _function(self, mesh: Mesh) -> Callable[..., Any]:
+        manual = self.partition.manual_axes
+        platform = mesh.devices.flat[0].platform
+        local = self._staged(platform) if self.partition.stage > 1 else self._single()
+        if not manual:
+            return local
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=tuple(
+                self.layout.specs(named, manual) for named in self.named_arguments()
+            ),
+            out_specs=self._result_specs(manual),
+            axis_names=set(manual),
+            check_vma=False,
+        )
+
+    def _place(self) -> Place:
+        manual = self.partition.manual_axes
+        sizes = self.partition.axes
+        keep = tuple(a for a in sizes if sizes[a] > 1 and a not in manual)
+        rules, phase = self.partition.rules, self.phase
+
+        def place(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+            if not keep:
+                return x
+            spec = rules.spec(names, phase=phase, keep=keep)
+            return lax.with_sharding_constraint(x, spec)
+
+        return place
+
+    def _staged(self, platform: str) -> Callable[..., Any]:
+        pipeline = Pipeline(
+            config=self.layout.model,
+            stages=self.partition.stage,
+            groups=self.layout.groups,
+            micro_batches=self.prefill_micro_batches,
+            layers=self.layers,
+            place=self._place(),
+            with_logits=self.with_logits,
+            wide_sums=platform == "cpu",
+        )
+        return pipeline.prefill if self.phase == "prefill" else pipeline.decode
+
+    def _single(self) -> Callable[..., Any]:
+        return self._single_prefill if self.phase == "prefill" else self._single_decode
+
+    def _single_prefill(
+        self,
+        params: Params,
+        state: State,
+        prompts: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[State, Any]:
+        place, config = self._place(), self.layout.model
+        count = self.prefill_micro_batches
+        size = prompts.shape[0] // count
+
+        def read(cache: Any, item: tuple[jax.Array, ...], row: Any) -> tuple[Any, Any]:
+            cache, logits = decode_lib.prefill(
+                config, params, cache, *item, place=place, row=row
+            )
+            extra = logits if self.with_logits else ()
+            return cache, (decode_lib.greedy(logits), extra)
+
+        items = (prompts,) if lengths is None else (prompts, lengths)
+        if count == 1:
+            cache, (tokens, logits) = read(state.cache, items, 0)
+        else:
+            split = tuple(x.reshape(count, size, *x.shape[1:]) for x in items)
+
+            def body(cache: Any, step: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+                i, *item = step
+                return read(cache, tuple(item), i * size)
+
+            with jax.named_scope("micro_batches"):
+                cache, results = lax.scan(
+                    body, state.cache, (jnp.arange(count), *split)
+                )
+            tokens, logits = jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:]), results
+            )
+        state = state._replace(
+            cache=cache,
+            tokens=tokens,
+            position=jnp.int32(prompts.shape[1]) if lengths is None else lengths,
+            round=jnp.int32(0),
+        )
+        return state, logits
+
+    def _single_decode(self, params: Params, state: State) -> tuple[State, Any]:
+        cache, logits = decode_lib.decode_step(
+            self.layout.model,
+            params,
+            state.cache,
+            state.tokens,
+            state.position,
+            place=self._place(),
+        )
+        state = state._replace(
+            cache=cache,
+            tokens=decode_lib.greedy(logits),
+            position=state.position + 1,
+            round=state.round + 1,
+        )
+        return state, logits if self.with_logits else ()
