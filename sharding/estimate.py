@@ -1,0 +1,264 @@
+"""How long a compiled program should take: its ledger priced by a chip.
+
+A first estimate, close to a limit: every instruction runs at the published peak of
+whatever binds it, and collectives wait for each other. It is meant to rank
+partitions and to say what limits each, not to predict a clock.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from sharding import torus
+from sharding.chips import Chip
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "permute",
+    "broadcast",
+)
+_TORUS_DIMS = {"torus2d": 2, "torus3d": 3}
+
+
+class Cost(Protocol):
+    """What `estimate` asks of `sharding.hlo.ledger.Cost`."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def flops(self) -> int: ...
+    @property
+    def matmul_flops(self) -> int: ...
+    @property
+    def hbm_bytes(self) -> int: ...
+
+
+class Collective(Protocol):
+    """What `estimate` asks of `sharding.hlo.ledger.Collective`."""
+
+    @property
+    def axis(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def wire_bytes(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+
+
+class Ledger(Protocol):
+    """What `estimate` asks of `sharding.hlo.ledger.Ledger`."""
+
+    @property
+    def costs(self) -> Collection[Cost]: ...
+    @property
+    def collectives(self) -> Collection[Collective]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Where the time of one call goes; the parts are the total.
+
+    Attributes:
+      compute_s: instructions bound by arithmetic.
+      hbm_s: instructions bound by memory.
+      collective_s: collectives, by mesh axis.
+      overhead_s: of the call itself.
+      bubble_s: ticks of a pipeline in which a stage has nothing useful to do.
+    """
+
+    compute_s: float
+    hbm_s: float
+    collective_s: Mapping[str, float] = dataclasses.field(hash=False)
+    overhead_s: float
+    bubble_s: float
+
+    def parts(self) -> dict[str, float]:
+        """Returns every part by name, e.g. "hbm" and "tensor links", in seconds."""
+        links = {f"{axis} links": s for axis, s in self.collective_s.items()}
+        return {
+            "compute": self.compute_s,
+            "hbm": self.hbm_s,
+            **links,
+            "overhead": self.overhead_s,
+            "bubble": self.bubble_s,
+        }
+
+    @property
+    def total_s(self) -> float:
+        return math.fsum(self.parts().values())
+
+    @property
+    def bottleneck(self) -> str:
+        """The name of the largest part."""
+        parts = self.parts()
+        return max(parts, key=lambda name: parts[name])
+
+
+def estimate(
+    ledger: Ledger,
+    chip: Chip,
+    *,
+    dtype: str = "bf16",
+    ticks: int = 1,
+    busy_ticks: int = 1,
+) -> Estimate:
+    """Returns how long one call of the program behind `ledger` should take.
+
+    Each instruction takes the time of its slowest resource, as in the roofline of
+    Williams et al. 2009, and instructions follow each other:
+
+        T = max(matmul_flops / flops_per_s, other_flops / vector_flops_per_s,
+                hbm_bytes / hbm_bytes_per_s)
+
+    Other FLOPs run at the matrix rate where a chip's vector rate is unknown. To the
+    sum come `collective_time_s` of every collective and the overhead of the call. Of
+    a pipeline's equal ticks, the share that is not busy is moved from every part but
+    the overhead to `bubble_s`.
+
+    It leaves out: how far real kernels stay below the peaks, time between kernels,
+    overlap of collectives with computation and with each other, and two collectives
+    that want the same link.
+
+    Args:
+      ledger: of one device and one call.
+      chip: rates of a whole chip; the share of one device is taken here.
+      dtype: of the matrix products, e.g. "bf16" or "float32".
+      ticks: equal steps that the program runs.
+      busy_ticks: those in which a stage works on real data.
+
+    Raises:
+      ValueError: the chip has no rate for `dtype`, a collective's kind is unknown, or
+        there are more busy ticks than ticks.
+    """
+    if not 1 <= busy_ticks <= ticks:
+        raise ValueError(
+            f"cannot estimate ticks={ticks} with busy_ticks={busy_ticks}. A stage works"
+            " in at least one tick and at most in all. Pass 1 <= busy_ticks <= ticks."
+        )
+    device = chip.per_device()
+    matmul_flops_per_s = device.matmul_flops_per_s(dtype)
+    vector_flops_per_s = device.vector_flops_per_s or matmul_flops_per_s
+    compute: list[float] = []
+    hbm: list[float] = []
+    for cost in ledger.costs:
+        arithmetic_s = max(
+            cost.matmul_flops / matmul_flops_per_s,
+            (cost.flops - cost.matmul_flops) / vector_flops_per_s,
+        )
+        memory_s = cost.hbm_bytes / device.hbm_bytes_per_s
+        if arithmetic_s > memory_s:
+            compute.append(cost.count * arithmetic_s)
+        else:
+            hbm.append(cost.count * memory_s)
+    links: dict[str, list[float]] = defaultdict(list)
+    for row in ledger.collectives:
+        links[row.axis].append(collective_time_s(row, device))
+
+    busy = busy_ticks / ticks
+    work = [math.fsum(compute), math.fsum(hbm), *map(math.fsum, links.values())]
+    return Estimate(
+        compute_s=work[0] * busy,
+        hbm_s=work[1] * busy,
+        collective_s={
+            axis: seconds * busy for axis, seconds in zip(links, work[2:], strict=True)
+        },
+        overhead_s=device.call_overhead_s,
+        bubble_s=math.fsum(work) * (ticks - busy_ticks) / ticks,
+    )
+
+
+def collective_time_s(row: Collective, chip: Chip) -> float:
+    """Returns the time of all executions of one collective on one device.
+
+        T = count * latency + wire_bytes / (links * link_bytes_per_s)
+        latency = collective_latency_s + hop_latency_s * (steps - steps of 2 devices)
+
+    How many `links` a group of n devices drives at once, and how many `steps` it
+    takes, follows from how the chips are wired:
+
+        topology   links                     steps of one pass
+        switch     all                       n - 1, a ring
+        mesh       n - 1, one to each peer   n - 1
+        torus      1 for each side of the    sum of (side - 1);
+                   group's box; 2 where the  side / 2 where
+                   side closes to a ring     it closes
+
+    An all-reduce makes two passes. A permute is one step; it drives all links of a
+    switch and one link elsewhere. The box of a torus group is the most cubic one, as
+    `Target.mesh_devices` places it. A side closes only on a full dimension: 16 chips
+    of a 2D torus, and in 3D where every side is a multiple of 4 (optical switches
+    join cubes of 4 x 4 x 4), https://jax-ml.github.io/scaling-book/tpus.
+
+    It leaves out what other groups put on the same links, cheaper algorithms for
+    small messages, and reduction inside switches. The two devices of a tpu7x chip
+    are treated as neighbours on the torus with half of a link's rate each.
+
+    Args:
+      row: the collective, of one device.
+      chip: the rates of that device, from `Chip.per_device`.
+
+    Raises:
+      ValueError: the kind of collective is unknown.
+    """
+    if row.group_size < 2:
+        return 0.0
+    further = _steps(row.kind, row.group_size, chip) - _steps(row.kind, 2, chip)
+    latency_s = chip.collective_latency_s + chip.hop_latency_s * further
+    bytes_per_s = links_used(row.kind, row.group_size, chip) * chip.link_bytes_per_s
+    return row.count * latency_s + row.wire_bytes / bytes_per_s
+
+
+def links_used(kind: str, group_size: int, chip: Chip) -> int:
+    """Returns how many links one device of a group drives; see `collective_time_s`.
+
+    Example:
+      >>> from sharding.chips import CHIPS
+      >>> [links_used("all-reduce", n, CHIPS["h100"]) for n in (2, 8)]
+      [18, 18]
+      >>> [links_used("all-reduce", n, CHIPS["mi325x"]) for n in (2, 8)]
+      [1, 7]
+      >>> [links_used("all-reduce", n, CHIPS["v5p"]) for n in (2, 4, 8)]
+      [1, 2, 3]
+    """
+    if chip.topology == "switch":
+        return chip.links
+    if kind == "permute":
+        return 1
+    if chip.topology == "mesh":
+        return min(group_size - 1, chip.links)
+    sides = _sides(group_size, chip)
+    return min(sum(2 if closes else 1 for _, closes in sides), chip.links)
+
+
+def _steps(kind: str, group_size: int, chip: Chip) -> int:
+    """Returns how many times data is handed on; see `collective_time_s`."""
+    if kind not in KINDS:
+        raise ValueError(
+            f"cannot price a collective of kind {kind!r} over {group_size} devices; the"
+            f" known kinds are {', '.join(KINDS)}. Unknown is an error, never free."
+            " Teach sharding/estimate.py its steps."
+        )
+    if kind == "permute":
+        return 1
+    if chip.topology in _TORUS_DIMS:
+        sides = _sides(group_size, chip)
+        one_pass = sum(side // 2 if closes else side - 1 for side, closes in sides)
+    else:
+        one_pass = group_size - 1
+    return 2 * one_pass if kind == "all-reduce" else one_pass
+
+
+def _sides(group_size: int, chip: Chip) -> list[tuple[int, bool]]:
+    """Returns the sides of a group's box on the torus, and whether each closes."""
+    dims = _TORUS_DIMS[chip.topology]
+    box = torus.compact_box(group_size, dims)
+    cubes = all(side % 4 == 0 for side in box)
+    return [(s, s % 16 == 0 if dims == 2 else cubes) for s in box if s > 1]
