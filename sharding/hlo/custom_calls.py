@@ -1,0 +1,159 @@
+"""FLOPs and traffic of calls into libraries, by target name.
+
+A target that is in no table here stops the reader: a kernel that nobody has
+costed must not count as nothing.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+from sharding.hlo.reader import Instruction
+from sharding.hlo.shapes import Shape
+from sharding.hlo.windows import convolution_products
+
+# Annotations and aliases: nothing runs.
+FREE_TARGETS = frozenset([
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
+    "AsyncCollectiveStart", "ConcatBitcast", "GetSharding", "LayoutConstraint",
+    "SPMDFullToShardShape", "SPMDShardToFullShape", "ShardBarrierFrom",
+    "ShardBarrierTo", "Sharding", "annotate_device_placement",
+    "xla.sdy.FuncResultSharding", "xla.sdy.GlobalToLocalShape",
+    "xla.sdy.LocalToGlobalShape", "xla_ffi_python_cpu_callback_token",
+])  # fmt: skip
+
+# Bytes move, nothing is computed.
+MOVE_TARGETS = frozenset([
+    "MoveToDevice", "MoveToHost", "PadToStatic", "PinToDevice", "PinToDeviceSram",
+    "PinToHost", "SliceToDynamic", "X64Combine", "X64SplitHigh", "X64SplitLow",
+])  # fmt: skip
+
+_GEMM = re.compile(
+    r"__cublas\$(gemm|lt\$(matmul|groupedMatmul)(\$f8|\$mx)?)|__onednn\$matmul"
+)
+_FMHA = re.compile(r"__cudnn\$fmha\w*")
+_KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton")
+
+
+def target(instruction: Instruction) -> str:
+    """Returns the `custom_call_target` of a custom call."""
+    return instruction.string("custom_call_target")
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Returns whether this custom call moves and computes nothing."""
+    return target(instruction) in FREE_TARGETS
+
+
+def results(instruction: Instruction) -> tuple[Shape, ...]:
+    """Returns the arrays that a custom call writes, scratch space left out."""
+    leaves = instruction.shape.leaves
+    name = target(instruction)
+    if name.startswith(("__cublas$", "__cudnn$")) and len(leaves) > 1:
+        return leaves[:-1]
+    return leaves
+
+
+def custom_call_flops(
+    instruction: Instruction, operands: list[Shape]
+) -> tuple[int, int]:
+    """Returns `(FLOPs, of these in matrix products)`.
+
+    Raises:
+      ValueError: the target is not known, or carries no cost.
+    """
+    name = target(instruction)
+    out = instruction.shape.leaves[0]
+    if name in FREE_TARGETS or name in MOVE_TARGETS:
+        return 0, 0
+    if _GEMM.fullmatch(name):
+        return _gemm(instruction, operands, out)
+    if _FMHA.fullmatch(name):
+        return _fmha(instruction)
+    if name.startswith("__cudnn$conv"):
+        return _conv(instruction, name, operands, out)
+    if name in ("TopK", "__gpu$TopK"):
+        depth = max(out.dims[-1].bit_length(), 1)  # n log2 k
+        return operands[0].size * depth, 0
+    if name in _KERNELS:
+        cost = _find(_config(instruction), "cost_estimate")
+        if cost:
+            flops = int(cost.get("flops", 0))
+            return flops + int(cost.get("transcendentals", 0)), flops
+    raise ValueError(
+        f"custom call {name!r} has no known cost; add it to"
+        f" sharding/hlo/custom_calls.py or give the kernel a cost estimate:"
+        f" {instruction}"
+    )
+
+
+def _gemm(
+    instruction: Instruction, operands: list[Shape], out: Shape
+) -> tuple[int, int]:
+    config = _config(instruction)
+    dims = _find(config, "dot_dimension_numbers")
+    if dims is not None:
+        axes = [int(d) for d in dims.get("lhs_contracting_dimensions", ())]
+        contracted = math.prod(operands[0].dims[a] for a in axes)
+    else:  # oneDNN: the last, or last but one, axis of the left operand
+        transposed = bool(_find(config, "transpose_a"))
+        contracted = operands[0].dims[-2 if transposed else -1]
+    flops = 2 * out.size * contracted
+    epilogue = str(_find(config, "epilogue") or "DEFAULT")
+    extra = out.size * (epilogue.count("_") + 1 if epilogue != "DEFAULT" else 0)
+    beta = _find(config, "beta")
+    extra += out.size if beta else 0
+    return flops + extra, flops
+
+
+def _fmha(instruction: Instruction) -> tuple[int, int]:
+    """Attention: 2 products forward, 5 backward, of B N T S H multiply-adds.
+
+    A causal mask is not subtracted: the kernel may skip what it hides.
+    """
+    config = _config(instruction)
+    scores = _find(config, "intermediate_tensor_shape") or {}
+    sizes = [int(d) for d in scores.get("dimensions", ())]
+    heads = instruction.shape.leaves[0].dims
+    if not sizes or not heads:
+        raise ValueError(f"no score sizes in the config of instruction: {instruction}")
+    backward = "Backward" in target(instruction)
+    products = 2 * math.prod(sizes) * heads[-1] * (5 if backward else 2)
+    softmax = 5 * math.prod(sizes)  # scale, max, subtract, exponential, sum
+    return products + softmax, products
+
+
+def _conv(
+    instruction: Instruction, name: str, operands: list[Shape], out: Shape
+) -> tuple[int, int]:
+    # Labels and window are those of the forward convolution lhs, rhs -> out.
+    lhs, rhs, result = operands[0], operands[1], out
+    if name == "__cudnn$convBackwardInput":
+        lhs, rhs, result = out, operands[1], operands[0]
+    elif name == "__cudnn$convBackwardFilter":
+        lhs, rhs, result = operands[0], out, operands[1]
+    flops = 2 * convolution_products(instruction, lhs.dims, rhs.dims, result.dims)
+    extra = out.size if "Bias" in name else 0
+    return flops + extra, flops
+
+
+def _config(instruction: Instruction) -> Any:
+    text = instruction.attr("backend_config") or ""
+    if text.startswith('"'):
+        text = instruction.string("backend_config")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+def _find(config: Any, key: str) -> Any:
+    """Returns the first value under `key` anywhere in nested dicts, else None."""
+    if isinstance(config, dict):
+        if key in config:
+            return config[key]
+        for value in config.values():
+            if isinstance(value, dict) and (found := _find(value, key)) is not None:
+                return found
+    return None

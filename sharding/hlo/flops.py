@@ -1,0 +1,123 @@
+"""FLOPs of one instruction, fusions included.
+
+A multiply-add is 2, an arithmetic, logical or comparing operation 1 for each
+element it makes, moving data 0. Collectives are 0 here. Loops are not unrolled
+here: `while`, `conditional` and top-level `call` are walked by ledger.py.
+"""
+
+import math
+from typing import NamedTuple
+
+from sharding.hlo.custom_calls import custom_call_flops
+from sharding.hlo.opcodes import (
+    COLLECTIVES,
+    DATA_MOVEMENT,
+    ELEMENTWISE,
+    FREE,
+    TRANSFERS,
+    base_opcode,
+)
+from sharding.hlo.reader import Computation, Instruction, Module
+from sharding.hlo.windows import convolution_products, parse_window, valid_positions
+
+
+class Flops(NamedTuple):
+    """Operations, and how many of them are matrix products and convolutions."""
+
+    total: int = 0
+    matmul: int = 0
+
+
+class FlopCounter:
+    """Counts the FLOPs of instructions of one module."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._bodies: dict[str, Flops] = {}
+
+    def of_computation(self, computation: Computation) -> Flops:
+        """Returns the FLOPs of one run of a fused or applied computation."""
+        if computation.name not in self._bodies:
+            parts = [self.of(i, computation) for i in computation.instructions]
+            self._bodies[computation.name] = Flops(
+                sum(p.total for p in parts), sum(p.matmul for p in parts)
+            )
+        return self._bodies[computation.name]
+
+    def of(self, instruction: Instruction, computation: Computation) -> Flops:
+        """Returns the FLOPs of one execution of `instruction`.
+
+        Raises:
+          ValueError: an opcode, custom call or attribute that is not known.
+        """
+        opcode = base_opcode(instruction)
+        if opcode in ELEMENTWISE:
+            return Flops(sum(leaf.size for leaf in instruction.shape.leaves))
+        if opcode == "call":
+            return self._applied(instruction)
+        if opcode in DATA_MOVEMENT or opcode in FREE or opcode == "":
+            return Flops()
+        if opcode in COLLECTIVES or opcode in TRANSFERS:
+            return Flops()
+        if opcode == "fusion":
+            called = self._module.computation(instruction.called("calls"), instruction)
+            return self.of_computation(called)
+        operands = [o.shape for o in computation.operands(instruction)]
+        out = instruction.shape
+        if opcode in ("dot", "ragged-dot", "scaled-dot"):
+            contracted = [
+                operands[0].dims[d] for d in instruction.ints("lhs_contracting_dims")
+            ]
+            flops = 2 * out.size * math.prod(contracted)
+            return Flops(flops, flops)
+        if opcode == "convolution":
+            flops = 2 * convolution_products(
+                instruction, operands[0].dims, operands[1].dims, out.dims
+            )
+            return Flops(flops, flops)
+        if opcode == "custom-call":
+            return Flops(*custom_call_flops(instruction, operands))
+        return Flops(self._of_applying(opcode, instruction, operands))
+
+    def _applied(self, instruction: Instruction) -> Flops:
+        name = instruction.called("to_apply")
+        return self.of_computation(self._module.computation(name, instruction))
+
+    def _of_applying(
+        self, opcode: str, instruction: Instruction, operands: list
+    ) -> int:
+        """Returns the FLOPs of operations that apply a computation or an algorithm."""
+        first = operands[0] if operands else instruction.shape.leaves[0]
+        out = instruction.shape.leaves[0]
+        if opcode == "map":
+            return out.size * self._applied(instruction).total
+        if opcode == "reduce":
+            return (first.size - out.size) * self._applied(instruction).total
+        if opcode == "reduce-window":
+            taps = 1
+            for axis, dim in enumerate(parse_window(instruction.require("window"))):
+                taps *= valid_positions(dim, first.dims[axis], out.dims[axis])
+            return max(taps - out.size, 0) * self._applied(instruction).total
+        if opcode == "select-and-scatter":
+            window = parse_window(instruction.require("window"))
+            taps = math.prod(dim.size for dim in window)
+            return operands[1].size * (taps + 1)
+        if opcode == "scatter":
+            updates = operands[1 + len(operands) // 2 :]
+            return updates[0].size * self._applied(instruction).total
+        if opcode == "sort":
+            length = first.dims[(instruction.ints("dimensions") or (-1,))[0]]
+            depth = max(length - 1, 0).bit_length()  # comparisons: n log2 n
+            return first.size * depth * max(self._applied(instruction).total, 1)
+        if opcode == "topk":
+            return first.size * max(out.dims[-1].bit_length(), 1)
+        if opcode == "cholesky":  # n^3 / 3
+            return first.size * first.dims[-1] // 3
+        if opcode == "triangular-solve":  # n^2 for each right-hand side
+            return out.size * first.dims[-1]
+        if opcode == "fft":  # 5 n log2 n (Cooley and Tukey 1965)
+            length = math.prod(instruction.ints("fft_length"))
+            return 5 * out.size * max(length - 1, 0).bit_length()
+        if opcode == "rng-bit-generator":
+            return instruction.shape.leaves[-1].size
+        raise AssertionError(f"opcode {opcode} is in SPECIAL but not costed")

@@ -1,0 +1,342 @@
+"""HLO text -> Ledger: what one device computes, moves and sends in one call.
+
+    ledger = read_ledger(compiled.as_text(), {"data": 1, "stage": 2, "tensor": 4})
+    ledger.flops, ledger.hbm_bytes, ledger.by_axis()
+
+Every loop is multiplied by its trip count. A conditional counts as its
+costliest branch, a loop of unknown length as one iteration; `warnings` says so.
+Anything the reader does not understand is a ValueError that ends with the
+instruction's text.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from sharding.hlo.collectives import CollectiveFinder, Found
+from sharding.hlo.flops import FlopCounter
+from sharding.hlo.groups import AxisNamer
+from sharding.hlo.loops import Loop, Scope, call_args, enter_loop
+from sharding.hlo.opcodes import FREE, TRANSFERS, base_opcode
+from sharding.hlo.reader import Computation, Instruction, Module, read_module
+from sharding.hlo.source import read_sources
+from sharding.hlo.traffic import TrafficCounter
+
+# To choose the costliest branch of a conditional: FLOPs that take as long as a
+# byte, near H100's 989e12 / 3.35e12 and v5p's 459e12 / 2.77e12.
+_FLOPS_PER_BYTE = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All executions of one HLO collective, or of equal ones, on one device.
+
+    Attributes:
+      axis: "tensor", "stage+tensor", or "devices {0,3},{1,2}" where no mesh axes fit.
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all",
+        "permute" or "broadcast".
+      count: executions in one call, trip counts multiplied.
+      payload_bytes: over all executions: what is reduced, scattered, exchanged or
+        permuted, or the gathered result.
+      wire_bytes: over all executions, sent by one device: 2(n-1)/n of the payload
+        for all-reduce, (n-1)/n for all-gather, reduce-scatter and all-to-all, all
+        of it for permute and broadcast.
+      group_size: n, devices that take part together.
+      op_name: JAX's name of the operation, or "".
+      source: "file.py:123", or "".
+      loop: enclosing loops, such as "while.5 x80", or "".
+    """
+
+    axis: str
+    kind: str
+    count: int
+    payload_bytes: int
+    wire_bytes: int
+    group_size: int
+    op_name: str
+    source: str
+    loop: str
+
+    @property
+    def payload_bytes_each(self) -> int:
+        """Payload of one execution."""
+        return self.payload_bytes // self.count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One instruction that runs and is no collective; figures are per execution.
+
+    Attributes:
+      count: executions in one call.
+      flops: all operations; `matmul_flops` those of products and convolutions.
+      hbm_bytes: read and written in main memory.
+    """
+
+    name: str
+    opcode: str
+    computation: str
+    count: int
+    flops: int
+    matmul_flops: int
+    hbm_bytes: int
+    op_name: str
+    source: str
+    loop: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What ONE device does in ONE call of a program."""
+
+    costs: tuple[Cost, ...]
+    collectives: tuple[Collective, ...]
+    loops: tuple[Loop, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        return sum(c.count * c.flops for c in self.costs)
+
+    @property
+    def matmul_flops(self) -> int:
+        return sum(c.count * c.matmul_flops for c in self.costs)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(c.count * c.hbm_bytes for c in self.costs)
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(c.wire_bytes for c in self.collectives)
+
+    def by_axis(self) -> dict[str, tuple[Collective, ...]]:
+        """Returns the collectives along each axis, in order of appearance."""
+        found: dict[str, list[Collective]] = {}
+        for collective in self.collectives:
+            found.setdefault(collective.axis, []).append(collective)
+        return {axis: tuple(rows) for axis, rows in found.items()}
+
+    def largest(self, by: str = "hbm_bytes", limit: int = 20) -> tuple[Cost, ...]:
+        """Returns the costs with the most `flops`, `matmul_flops` or `hbm_bytes`."""
+        if by not in ("flops", "matmul_flops", "hbm_bytes"):
+            raise ValueError(
+                f"largest by {by!r}; costs have flops, matmul_flops and hbm_bytes."
+            )
+        ranked = sorted(self.costs, key=lambda c: -c.count * getattr(c, by))
+        return tuple(ranked[:limit])
+
+
+def read_ledger(text: str, axes: Mapping[str, int] | None = None) -> Ledger:
+    """Returns the ledger of optimised HLO text.
+
+    Args:
+      text: what `compiled.as_text()` returns, for CPU, GPU or TPU.
+      axes: sizes of the mesh axes by name, in mesh order; device ids in the text
+        are positions in `mesh.devices.flat`. None: collectives show device ids.
+
+    Raises:
+      ValueError: text that cannot be read, an operation whose cost is not known,
+        or `axes` that do not multiply to the program's devices.
+    """
+    module = read_module(text)
+    namer = AxisNamer(axes)
+    if axes and namer.num_devices != module.num_devices > 1:
+        raise ValueError(
+            f"axes {dict(axes)} are {namer.num_devices} devices, the program runs on"
+            f" {module.num_devices}; pass the mesh it was compiled for."
+        )
+    walker = _Walker(module, namer)
+    walker.walk(module.entry, Scope(), "")
+    return walker.ledger()
+
+
+class _Walker:
+    """Runs through a program as a device would, once for each loop body."""
+
+    def __init__(self, module: Module, namer: AxisNamer):
+        self._module = module
+        self._flops = FlopCounter(module)
+        self._traffic = TrafficCounter(
+            module,
+            # TPU numbers its on-chip memories and the host; on GPU 1 is device memory
+            # set apart for collectives, and 5 the host.
+            (lambda s: s == 0) if module.is_tpu else (lambda s: s != 5),
+        )
+        self._collectives = CollectiveFinder(module, namer)
+        self._sources = read_sources(module)
+        self._costs: list[Cost] = []
+        self._found: list[tuple[Found, int, str, str, str]] = []
+        self._loops: list[Loop] = []
+        self._warnings: dict[str, None] = {}
+
+    def ledger(self) -> Ledger:
+        return Ledger(
+            costs=tuple(self._costs),
+            collectives=_merge(self._found),
+            loops=tuple(self._loops),
+            warnings=tuple(self._warnings),
+        )
+
+    def walk(self, computation: Computation, scope: Scope, loop: str) -> None:
+        """Adds `scope.count` runs of `computation`."""
+        if not scope.count:
+            return
+        for instruction in computation.instructions:
+            opcode = base_opcode(instruction)
+            if opcode == "while":
+                self._while(instruction, computation, scope, loop)
+            elif opcode == "conditional":
+                self._conditional(instruction, computation, scope, loop)
+            elif opcode in ("call", "async-start"):
+                name = instruction.called("to_apply") or instruction.called("calls")
+                called = self._module.computation(name, instruction)
+                self._enter(called, instruction.operands, computation, scope, loop)
+            elif opcode in TRANSFERS:
+                self._transfer(instruction)
+            elif opcode and opcode not in FREE:
+                self._run(instruction, computation, scope.count, loop)
+
+    def _run(
+        self, instruction: Instruction, computation: Computation, count: int, loop: str
+    ) -> None:
+        op_name = source = None
+        for found in self._collectives.of(instruction, computation):
+            if found.group_size > 1:
+                op_name, source = self._sources.of(found.instruction)
+                if not op_name:
+                    op_name, source = self._sources.of(instruction)
+                self._found.append((found, count, op_name, source, loop))
+        flops = self._flops.of(instruction, computation)
+        hbm_bytes = self._traffic.of(instruction, computation)
+        if flops.total or hbm_bytes:
+            op_name, source = self._sources.of(instruction)
+            self._costs.append(
+                Cost(
+                    name=instruction.name,
+                    opcode=instruction.opcode,
+                    computation=computation.name,
+                    count=count,
+                    flops=flops.total,
+                    matmul_flops=flops.matmul,
+                    hbm_bytes=hbm_bytes,
+                    op_name=op_name,
+                    source=source,
+                    loop=loop,
+                )
+            )
+
+    def _enter(
+        self,
+        called: Computation,
+        operands: tuple[str, ...],
+        computation: Computation,
+        scope: Scope,
+        loop: str,
+    ) -> None:
+        args = call_args(self._module, computation, operands, scope)
+        self.walk(called, dataclasses.replace(scope, args=args), loop)
+
+    def _while(
+        self,
+        instruction: Instruction,
+        computation: Computation,
+        scope: Scope,
+        loop: str,
+    ) -> None:
+        trips, body, condition = enter_loop(
+            self._module, computation, instruction, scope
+        )
+        record = Loop(
+            name=instruction.name,
+            trip_count=trips,
+            executions=body.count,
+            enclosing=loop,
+        )
+        self._loops.append(record)
+        if trips is None:
+            self._warn(
+                f"{instruction.name} runs a data-dependent number of times;"
+                " its body is counted once."
+            )
+        for key, inner in (("body", body), ("condition", condition)):
+            called = self._module.computation(instruction.called(key), instruction)
+            self.walk(called, inner, record.label)
+
+    def _conditional(
+        self,
+        instruction: Instruction,
+        computation: Computation,
+        scope: Scope,
+        loop: str,
+    ) -> None:
+        names = [
+            n.strip().lstrip("%")
+            for n in (instruction.attr("branch_computations") or "{}")[1:-1].split(",")
+            if n.strip()
+        ] or [
+            n
+            for key in ("true_computation", "false_computation")
+            if (n := instruction.called(key))
+        ]
+        if not names:
+            raise ValueError(f"conditional without branches: {instruction}")
+        trials: list[tuple[float, _Walker]] = []
+        for index, name in enumerate(names):
+            trial = _Walker.__new__(_Walker)
+            trial.__dict__.update(self.__dict__)
+            trial._costs, trial._found, trial._loops = [], [], []
+            branch = self._module.computation(name, instruction)
+            operand = instruction.operands[1 + index : 2 + index]
+            trial._enter(branch, operand, computation, scope, loop)
+            weight = sum(
+                c.count * (c.hbm_bytes + c.flops / _FLOPS_PER_BYTE)
+                for c in trial._costs
+            ) + sum(count * f.wire_bytes for f, count, *_ in trial._found)
+            trials.append((weight, trial))
+        best = max(trials, key=lambda pair: pair[0])[1]
+        self._costs += best._costs
+        self._found += best._found
+        self._loops += best._loops
+        if len({weight for weight, _ in trials}) > 1:
+            self._warn(
+                f"{instruction.name} is a conditional; its costliest branch is counted."
+            )
+
+    def _transfer(self, instruction: Instruction) -> None:
+        if instruction.attr("is_host_transfer") != "true":
+            raise ValueError(
+                f"point-to-point send and recv are not costed yet: {instruction}"
+            )
+
+    def _warn(self, text: str) -> None:
+        self._warnings[text] = None
+
+
+def _merge(found: Iterable[tuple[Found, int, str, str, str]]) -> tuple[Collective, ...]:
+    """Returns one row for collectives that differ in nothing but their name."""
+    rows: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for each, count, op_name, source, loop in found:
+        key = (each.axis, each.kind, each.group_size, each.payload_bytes)
+        row = rows[(*key, op_name, source, loop)]
+        row[0] += count
+        row[1] += count * each.payload_bytes
+        row[2] += count * each.wire_bytes
+    return tuple(
+        Collective(
+            axis=axis,
+            kind=kind,
+            count=count,
+            payload_bytes=payload,
+            wire_bytes=wire,
+            group_size=size,
+            op_name=op_name,
+            source=source,
+            loop=loop,
+        )
+        for (axis, kind, size, _, op_name, source, loop), (
+            count,
+            payload,
+            wire,
+        ) in rows.items()
+    )

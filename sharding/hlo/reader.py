@@ -1,0 +1,322 @@
+"""HLO text -> Module, Computation, Instruction. Nothing is costed here.
+
+    module = read_module(compiled.as_text())
+    module.entry.instructions[0].opcode
+
+Reads what `as_text()` and `--xla_dump_to` print, with or without `%` before
+names and with or without operand shapes. One pass over the lines; attributes
+stay text until `Instruction.attr` is asked for one.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+from sharding.hlo.shapes import Shape, parse_shape
+
+_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
+_NAMES = re.compile(r"%([\w.\-]+)")
+_PARENS = re.compile(r'"(?:[^"\\]|\\.)*"|[()]')
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]|,')
+_FLAT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}|"(?:[^"\\]|\\.)*"')
+_KEY = re.compile(r"\s*,?\s*([\w.\-]+)=")
+_NUM_PARTITIONS = re.compile(r"[ ,]num_partitions=(\d+)")
+_REPLICA_COUNT = re.compile(r"[ ,]replica_count=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Instruction:
+    """One line: `name = shape opcode(operands), attributes`.
+
+    Attributes:
+      name: without `%`.
+      shape: of the result.
+      opcode: as printed, e.g. "all-reduce-start".
+      operands: names, in order, repeated if listed twice.
+      literal: what stands between the parentheses, for constants, parameters.
+      rest: the attributes, unparsed.
+      is_root: the computation's result.
+    """
+
+    name: str
+    shape: Shape
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    rest: str
+    is_root: bool
+
+    def __str__(self) -> str:
+        text = f"%{self.name} = {_spell(self.shape)} {self.opcode}({self.literal})"
+        return text + (self.rest if len(self.rest) < 600 else self.rest[:600] + "...")
+
+    def attr(self, key: str) -> str | None:
+        """Returns the text after `key=`, braces and quotes included, or None."""
+        return attribute(self.rest, key)
+
+    def require(self, key: str) -> str:
+        """Returns `attr(key)`.
+
+        Raises:
+          ValueError: the instruction has no such attribute.
+        """
+        value = self.attr(key)
+        if value is None:
+            raise ValueError(f"no {key}= in instruction: {self}")
+        return value
+
+    def ints(self, key: str) -> tuple[int, ...]:
+        """Returns the numbers of `key={0,2}`; () where it is absent."""
+        return tuple(int(n) for n in re.findall(r"-?\d+", self.attr(key) or ""))
+
+    def called(self, key: str) -> str | None:
+        """Returns the computation named by `key=%name`, without `%`, or None."""
+        value = self.attr(key)
+        return value.strip().lstrip("%") if value else None
+
+    def string(self, key: str) -> str:
+        """Returns the contents of `key="..."`; "" where it is absent."""
+        return unquote(self.attr(key) or "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Computation:
+    """A named list of instructions, definitions before uses."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {i.name: i for i in self.instructions}
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Instruction, ...]:
+        """Parameters in the order of their numbers."""
+        found = [i for i in self.instructions if i.opcode == "parameter"]
+        return tuple(sorted(found, key=lambda i: int(i.literal)))
+
+    def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
+        """Returns the instructions that `instruction` reads.
+
+        Raises:
+          ValueError: an operand is not defined in this computation.
+        """
+        try:
+            return tuple(self.by_name[name] for name in instruction.operands)
+        except KeyError as error:
+            raise ValueError(
+                f"operand {error} is not defined in %{self.name}: {instruction}"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Module:
+    """A program: computations by name, one of them the entry.
+
+    Attributes:
+      header: the `HloModule` line.
+      tables: the lines between header and computations, by section name.
+      num_devices: replicas x partitions.
+    """
+
+    header: str
+    computations: dict[str, Computation]
+    entry: Computation
+    tables: dict[str, tuple[str, ...]]
+    num_replicas: int
+    num_partitions: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_replicas * self.num_partitions
+
+    @functools.cached_property
+    def is_tpu(self) -> bool:
+        """Whether the shapes are tiled, which only XLA:TPU does."""
+        return any(
+            leaf.is_tiled for i in self.entry.instructions for leaf in i.shape.leaves
+        )
+
+    def computation(self, name: str | None, caller: Instruction) -> Computation:
+        """Returns the computation `name`, which `caller` calls.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if name is None or name not in self.computations:
+            raise ValueError(f"computation {name!r} is not in the text: {caller}")
+        return self.computations[name]
+
+
+def attribute(rest: str, key: str) -> str | None:
+    """Returns the value of `key` among top-level `, key=value` pairs, or None."""
+    if key + "=" not in rest:
+        return None
+    for name, value in attributes(rest):
+        if name == key:
+            return value
+    return None
+
+
+def attributes(rest: str) -> Iterator[tuple[str, str]]:
+    """Yields the `key, value` pairs of an instruction's attributes, in order."""
+    at = 0
+    while match := _KEY.match(rest, at):
+        start = match.end()
+        at = _value_end(rest, start)
+        yield match[1], rest[start:at].strip()
+
+
+def _value_end(text: str, start: int) -> int:
+    flat = _FLAT.match(text, start)
+    if flat and (flat.end() == len(text) or text[flat.end()] == ","):
+        return flat.end()
+    depth = 0
+    for token in _BRACKETS.finditer(text, start):
+        char = token[0]
+        if char in "({[":
+            depth += 1
+        elif char in ")}]":
+            depth -= 1
+        elif char == "," and depth == 0:
+            return token.start()
+    return len(text)
+
+
+def unquote(text: str) -> str:
+    """Returns `text` without its double quotes and backslash escapes."""
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return re.sub(r"\\(.)", r"\1", text) if "\\" in text else text
+
+
+def _spell(shape: Shape) -> str:
+    if shape.dtype == "tuple":
+        return "(" + ", ".join(_spell(e) for e in shape.elements) + ")"
+    space = f"{{S({shape.space})}}" if shape.space else ""
+    return f"{shape.dtype}[{','.join(map(str, shape.dims))}]{space}"
+
+
+def read_instruction(line: str) -> Instruction:
+    """Returns the instruction that one line of a computation spells.
+
+    Raises:
+      ValueError: the line is no instruction.
+    """
+    head, equals, tail = line.partition(" = ")
+    found = _OPCODE.search(" " + tail)
+    if not equals or not found:
+        raise ValueError(f"cannot read instruction: {line.strip()}")
+    words = head.split()
+    if not words or len(words) > 2 or (len(words) == 2 and words[0] != "ROOT"):
+        raise ValueError(f"cannot read instruction: {line.strip()}")
+    start = found.end() - 1  # found in " " + tail, so one less in tail
+    end = tail.find(")", start)
+    inside = tail[start:end]
+    if end < 0 or "(" in inside or '"' in inside:
+        end = _closing(tail, start, line)
+        inside = tail[start:end]
+    opcode = found[1]
+    if opcode == "constant" or opcode == "parameter":
+        operands: tuple[str, ...] = ()
+    elif "%" in inside:
+        operands = tuple(_NAMES.findall(inside))
+    else:
+        operands = tuple(
+            part.split()[-1]
+            for part in re.sub(
+                r"/\*.*?\*/|\([^()]*\)|\{[^{}]*\}|\[[^\[\]]*\]", "", inside
+            ).split(",")
+            if part.strip()
+        )
+    try:
+        shape = parse_shape(tail[: found.start()] if found.start() else "()")
+    except ValueError as error:
+        raise ValueError(f"{error} In instruction: {line.strip()}") from None
+    return Instruction(
+        name=words[-1].lstrip("%"),
+        shape=shape,
+        opcode=opcode,
+        operands=operands,
+        literal=inside if len(inside) < 2000 else inside[:2000],
+        rest=tail[end + 1 :].rstrip(),
+        is_root=len(words) == 2,
+    )
+
+
+def _closing(text: str, start: int, line: str) -> int:
+    depth = 1
+    for token in _PARENS.finditer(text, start):
+        if token[0] == "(":
+            depth += 1
+        elif token[0] == ")":
+            depth -= 1
+            if depth == 0:
+                return token.start()
+    raise ValueError(f"unbalanced parentheses in instruction: {line.strip()}")
+
+
+def read_module(text: str) -> Module:
+    """Returns the program that `text` spells.
+
+    Raises:
+      ValueError: a line that is neither header, table, computation, nor
+        instruction; or no entry computation. The message ends with the line.
+    """
+    header = ""
+    tables: dict[str, list[str]] = {}
+    section: list[str] | None = None
+    computations: dict[str, Computation] = {}
+    entry: Computation | None = None
+    name: str | None = None
+    is_entry = False
+    body: list[Instruction] = []
+    for line in text.splitlines():
+        if name is not None:
+            if line.startswith("}"):
+                if not body:
+                    raise ValueError(f"computation %{name} is empty.")
+                done = Computation(name=name, instructions=tuple(body))
+                computations[name] = done
+                entry = done if is_entry else entry
+                name, body = None, []
+            elif line and not line.isspace() and not line.lstrip().startswith("//"):
+                body.append(read_instruction(line))
+        elif not line or line.isspace() or line.startswith(("//", "#")):
+            section = None if not line else section
+        elif line.startswith("HloModule"):
+            header = line
+        elif (line.rstrip().endswith("{") and "->" in line) or line.startswith("ENTRY"):
+            words = line.split(None, 2)
+            is_entry = words[0] == "ENTRY"
+            name = words[1 if is_entry else 0].lstrip("%").partition("(")[0]
+        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            section = tables.setdefault(line, [])
+        elif section is not None:
+            section.append(line)
+        else:
+            raise ValueError(f"cannot read line: {line}")
+    if name is not None:
+        raise ValueError(f"the text ends inside computation %{name}.")
+    if entry is None:
+        if len(computations) != 1:
+            raise ValueError(
+                f"{len(computations)} computations and none marked ENTRY; pass the"
+                " whole text of one module."
+            )
+        entry = next(iter(computations.values()))
+    partitions, replicas = _NUM_PARTITIONS.search(header), _REPLICA_COUNT.search(header)
+    return Module(
+        header=header,
+        computations=computations,
+        entry=entry,
+        tables={key: tuple(rows) for key, rows in tables.items()},
+        num_partitions=int(partitions[1]) if partitions else 1,
+        num_replicas=int(replicas[1]) if replicas else 1,
+    )

@@ -1,0 +1,65 @@
+"""Where an instruction comes from: op_name and "file.py:123".
+
+New text points from `stack_frame_id` into tables at the head of the module; old
+text carries `source_file=` and `source_line=` itself. The innermost frame is
+named. Often that line is the consumer of a value, not what caused a collective.
+"""
+
+import dataclasses
+import re
+
+from sharding.hlo.reader import Instruction, Module, unquote
+
+_ROW = re.compile(r"\s*(\d+)\s+(.*)")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_OP_NAME = re.compile(r'[{\s]op_name=("(?:[^"\\]|\\.)*")')
+_SOURCE_FILE = re.compile(r'[{\s]source_file="((?:[^"\\]|\\.)*)"')
+_SOURCE_LINE = re.compile(r"[{\s]source_line=(\d+)")
+_FRAME = re.compile(r"[{\s]stack_frame_id=(\d+)")
+_FIELD = re.compile(r"(\w+)=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The tables of one module: frame id -> "file.py:123"."""
+
+    frames: dict[int, str]
+
+    def of(self, instruction: Instruction) -> tuple[str, str]:
+        """Returns `(op_name, "file.py:123")`; "" for what the text lacks."""
+        metadata = instruction.attr("metadata")
+        if not metadata:
+            return "", ""
+        found = _OP_NAME.search(metadata)
+        op_name = unquote(found[1]) if found else ""
+        file = _SOURCE_FILE.search(metadata)
+        bare = _STRING.sub("", metadata)
+        if frame := _FRAME.search(bare):
+            return op_name, self.frames.get(int(frame[1]), "")
+        line = _SOURCE_LINE.search(bare)
+        return op_name, f"{_base(file[1])}:{line[1]}" if file and line else ""
+
+
+def read_sources(module: Module) -> Sources:
+    """Returns the source tables of `module`; empty if it has none."""
+    files = {k: _base(unquote(v)) for k, v in _rows(module, "FileNames")}
+    places = {}
+    for key, row in _rows(module, "FileLocations"):
+        field = {k: int(v) for k, v in _FIELD.findall(row)}
+        places[key] = (
+            f"{files.get(field.get('file_name_id', 0), '')}:{field.get('line', 0)}"
+        )
+    frames = {}
+    for key, row in _rows(module, "StackFrames"):
+        field = {k: int(v) for k, v in _FIELD.findall(row)}
+        frames[key] = places.get(field.get("file_location_id", 0), "")
+    return Sources(frames=frames)
+
+
+def _rows(module: Module, table: str) -> list[tuple[int, str]]:
+    found = (_ROW.fullmatch(row) for row in module.tables.get(table, ()))
+    return [(int(m[1]), m[2]) for m in found if m]
+
+
+def _base(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1]
