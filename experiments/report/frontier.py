@@ -1,0 +1,156 @@
+"""What is best: the Pareto frontier, the winners, and who meets an objective."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from experiments.report.record import Record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Service-level objective: the longest TTFT and TPOT allowed, or None."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+    def met(self, record: Record) -> bool:
+        """Whether `record` has times and none is longer than allowed."""
+        if record.status != "ok":
+            return False
+        return (self.ttft_s is None or record.require("ttft_s") <= self.ttft_s) and (
+            self.tpot_s is None or record.require("tpot_s") <= self.tpot_s
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The best record by one measure.
+
+    Attributes:
+      near: others within `NEAR` of it, nearest first, with their distance as a
+        fraction of the best figure. Estimates are not good enough to tell those
+        apart.
+    """
+
+    record: Record
+    near: tuple[tuple[Record, float], ...]
+
+
+NEAR = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """Records that answer one question: how to share one model on one target."""
+
+    model: str
+    target: str
+    chip: str
+    num_chips: int
+    num_devices: int
+    dtype: str
+    input_len: int
+    output_len: int
+    layers: str
+    records: tuple[Record, ...]
+
+    @property
+    def ok(self) -> list[Record]:
+        return [r for r in self.records if r.status == "ok"]
+
+    @property
+    def not_ok(self) -> list[Record]:
+        return [r for r in self.records if r.status != "ok"]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return sorted({r.batch_size for r in self.records})
+
+    @property
+    def many_rules(self) -> bool:
+        return len({r.rules for r in self.records}) > 1
+
+    def label(self, record: Record) -> str:
+        """Name of a record's series: its partition, and its rules if they vary."""
+        if self.many_rules:
+            return f"{record.partition} {record.rules}"
+        return record.partition
+
+
+def questions(records: Iterable[Record]) -> list[Question]:
+    """Groups records into questions, each sorted by batch size and partition."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    names = [f.name for f in dataclasses.fields(Question) if f.name != "records"]
+    for record in records:
+        groups.setdefault(tuple(getattr(record, n) for n in names), []).append(record)
+    return [
+        Question(
+            **dict(zip(names, key, strict=True)),  # pyright: ignore[reportArgumentType]
+            records=tuple(
+                sorted(
+                    group,
+                    key=lambda r: (r.batch_size, r.rules, partition_order(r.partition)),
+                )
+            ),
+        )
+        for key, group in groups.items()
+    ]
+
+
+def partition_order(name: str) -> tuple[int, int, int, str]:
+    """Sort key of a partition's name: data, then stages, then tensor.
+
+    Example:
+      >>> sorted(["pp8", "tp4_pp2", "dp2_tp4", "tp8"], key=partition_order)
+      ['tp8', 'tp4_pp2', 'pp8', 'dp2_tp4']
+    """
+    degrees = {"dp": 1, "pp": 1, "tp": 1}
+    for part in name.split("_"):
+        axis, degree = part[:2], part[2:]
+        if axis in degrees and degree.isdigit():
+            degrees[axis] = int(degree)
+    return degrees["dp"], degrees["pp"], degrees["tp"], name
+
+
+def pareto(
+    records: Iterable[Record],
+    x: str = "tokens_per_s_per_user",
+    y: str = "tokens_per_s_per_chip",
+) -> list[Record]:
+    """Returns the records that no other beats in both `x` and `y`, by rising x.
+
+    Records without figures are left out. Of exactly equal ones the first is kept.
+    """
+    ok = [r for r in records if r.status == "ok"]
+    ok.sort(key=lambda r: (r.require(x), r.require(y)), reverse=True)
+    best: list[Record] = []
+    for record in ok:
+        if not best or record.require(y) > best[-1].require(y):
+            best.append(record)
+    return best[::-1]
+
+
+def least(records: Sequence[Record], name: str) -> Winner | None:
+    """Returns the record with the smallest figure `name`; None if there is none."""
+    return _winner(records, lambda r: r.require(name), lambda best, v: v / best - 1)
+
+
+def most(records: Sequence[Record], name: str) -> Winner | None:
+    """Returns the record with the largest figure `name`; None if there is none."""
+    return _winner(records, lambda r: -r.require(name), lambda best, v: 1 - v / best)
+
+
+def _winner(
+    records: Sequence[Record],
+    cost: Callable[[Record], float],
+    distance: Callable[[float, float], float],
+) -> Winner | None:
+    ok = sorted((r for r in records if r.status == "ok"), key=cost)
+    if not ok:
+        return None
+    near = [(r, distance(cost(ok[0]), cost(r))) for r in ok[1:]]
+    return Winner(record=ok[0], near=tuple((r, d) for r, d in near if d <= NEAR))

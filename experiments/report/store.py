@@ -1,0 +1,117 @@
+"""The results file: records appended one line each, safe against being killed.
+
+A record is written as one line in one `write`, then flushed and synced, so a
+sweep killed at any moment leaves whole lines and at most one cut-off last line.
+Reading drops that line and says so; opening for writing also cuts it off.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from experiments.report.record import Record
+
+FILE_NAME = "results.jsonl"
+
+
+def read_records(folder: Path) -> tuple[list[Record], str | None]:
+    """Returns the records of a folder in the order written, and what was dropped.
+
+    The second value is None, or the cut-off last line of a killed sweep.
+
+    Raises:
+      ValueError: a complete line is not a record of this schema.
+    """
+    path = folder / FILE_NAME
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Record.from_json(line.decode()))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"cannot read line {number} of {path}: {error} Every complete line"
+                " is one record; remove that line, or use another folder."
+            ) from error
+    return records, rest.decode(errors="replace") if rest else None
+
+
+class Store:
+    """Appends records to `folder/results.jsonl`; one process at a time.
+
+    Attributes:
+      records: by key, the newest of each; failed ones included.
+      dropped: the cut-off last line found on opening, or None.
+
+    Raises:
+      ValueError: another process has the folder open, or see `read_records`.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = open(folder / FILE_NAME, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"{folder} is being written by another process; a results file has"
+                " one writer. Wait for it, or choose another folder."
+            ) from None
+        try:
+            records, self.dropped = read_records(folder)
+        except ValueError:
+            self._file.close()
+            raise
+        if self.dropped is not None:
+            size = self._file.seek(0, os.SEEK_END)
+            data = (folder / FILE_NAME).read_bytes()
+            self._file.truncate(data.rfind(b"\n") + 1 if size else 0)
+        self.records = newest(records)
+
+    def append(self, record: Record) -> None:
+        """Writes one record; it is on disk when this returns."""
+        self._file.write(record.to_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records.pop(record.key, None)
+        self.records[record.key] = record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def newest(records: Iterable[Record]) -> dict[str, Record]:
+    """Returns records by key; a later one replaces an earlier one of the same key."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found.pop(record.key, None)  # so that the order stays the one written
+        found[record.key] = record
+    return found
+
+
+def current(records: Iterable[Record]) -> tuple[list[Record], int]:
+    """Returns the records to report, and how many older ones were left out.
+
+    Records of one question (model, target, chip, dtype and lengths) that were made
+    by different code, versions or compiler flags are not comparable: only those
+    made like the newest one of that question are kept.
+    """
+    kept = list(newest(records).values())
+    context = {_question(r): r.context for r in kept}
+    chosen = [r for r in kept if r.context == context[_question(r)]]
+    return chosen, len(kept) - len(chosen)
+
+
+def _question(record: Record) -> tuple[object, ...]:
+    return (
+        record.model, record.target, record.chip, record.dtype, record.input_len,
+        record.output_len, record.layers,
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""Records as rows: the tables every report shows, CSV for others, and Markdown.
+
+A table is `(headings, rows)` of finished strings; terminal, Markdown and HTML
+lay out the same ones. CSV keeps full precision and unscaled units.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from experiments.report import units, words
+from experiments.report.frontier import Objective, Question, pareto
+from experiments.report.record import PhaseRecord, Record
+
+Table = tuple[Sequence[str], list[list[str]]]
+
+_CSV_FIELDS = (
+    "model", "target", "chip", "num_chips", "partition", "rules", "dtype", "layers",
+    "batch_size", "input_len", "output_len", "micro_batches", "status", "ttft_s",
+    "tpot_s", "e2e_s", "output_tokens_per_s", "tokens_per_s_per_user",
+    "tokens_per_s_per_chip", "ttft_limit_s", "tpot_limit_s", "bottleneck",
+    "needed_bytes", "available_bytes", "reason",
+)  # fmt: skip
+
+
+def phases(record: Record) -> list[tuple[str, PhaseRecord]]:
+    """Returns the (name, phase) pairs that `record` has."""
+    both = (("prefill", record.prefill), ("decode", record.decode))
+    return [(name, phase) for name, phase in both if phase is not None]
+
+
+def points(question: Question, objective: Objective) -> Table:
+    """Returns one row for each point with figures; a star marks the frontier."""
+    headings = [
+        "batch", "partition", "TTFT", "% of limit", "limited by", "TPOT", "% of limit",
+        "limited by", "tokens/s", "/user", "/chip", "memory", "frontier",
+    ]  # fmt: skip
+    if objective.given:
+        headings.append("objective")
+    best = {r.key for r in pareto(question.ok)}
+    rows = []
+    for r in question.ok:
+        prefill, decode = r.prefill, r.decode
+        assert prefill is not None
+        assert decode is not None
+        needed = r.require("needed_bytes")
+        row = [
+            str(r.batch_size),
+            question.label(r),
+            units.seconds(r.require("ttft_s")),
+            f"{prefill.pct_of_limit:.0f}",
+            words.part_name(prefill.bottleneck or ""),
+            units.seconds(r.require("tpot_s")),
+            f"{decode.pct_of_limit:.0f}",
+            words.part_name(decode.bottleneck or ""),
+            units.digits(r.require("output_tokens_per_s")),
+            units.digits(r.require("tokens_per_s_per_user")),
+            units.digits(r.require("tokens_per_s_per_chip")),
+            units.percent(needed / r.require("available_bytes")),
+            "★" if r.key in best else "",
+        ]
+        if objective.given:
+            row.append("met" if objective.met(r) else "missed")
+        rows.append(row)
+    return headings, rows
+
+
+def turned_down(question: Question) -> Table:
+    """Returns one row for each point without figures, with its reason."""
+    headings = ["batch", "partition", "status", "why"]
+    rows = [
+        [str(r.batch_size), question.label(r), r.status, words.reason_line(r)]
+        for r in question.not_ok
+    ]
+    return headings, rows
+
+
+def flops(question: Question) -> Table:
+    """Returns our FLOPs beside the closed form and XLA's own figure."""
+    headings = [
+        "batch", "partition", "phase", "FLOPs", "closed form", "ours / closed form",
+        "XLA's own", "ours / XLA's", "HBM bytes", "MFU", "MBU", "compiled in",
+    ]  # fmt: skip
+    rows = []
+    for r in question.records:
+        for name, p in phases(r):
+            rows.append(
+                [
+                    str(r.batch_size),
+                    question.label(r),
+                    name,
+                    units.count(p.flops),
+                    _or_dash(p.closed_form_flops, units.count),
+                    _ratio(p.flops, p.closed_form_flops),
+                    _or_dash(p.xla_flops, units.count),
+                    _ratio(p.flops, p.xla_flops),
+                    units.bytes_(p.hbm_bytes),
+                    _or_dash(p.mfu, units.percent),
+                    _or_dash(p.mbu, units.percent),
+                    units.seconds(p.compile_s),
+                ]
+            )
+    return headings, rows
+
+
+def collectives(question: Question, batch_size: int) -> Table:
+    """Returns one row for each collective of each partition at `batch_size`."""
+    headings = [
+        "partition", "phase", "axis", "kind", "devices", "count", "payload each",
+        "payload", "wire", "from",
+    ]  # fmt: skip
+    rows = []
+    for r in question.records:
+        if r.batch_size != batch_size:
+            continue
+        for name, phase in phases(r):
+            for c in sorted(phase.collectives, key=lambda c: -c.wire_bytes):
+                rows.append(
+                    [
+                        question.label(r),
+                        name,
+                        c.axis,
+                        c.kind,
+                        str(c.group_size),
+                        f"{c.count:,}",
+                        units.bytes_(c.payload_bytes_each),
+                        units.bytes_(c.payload_bytes),
+                        units.bytes_(c.wire_bytes),
+                        c.source,
+                    ]
+                )
+    return headings, rows
+
+
+def provenance(records: Sequence[Record]) -> Table:
+    """Returns what made the records; a value that varies lists each of its values."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        p = record.provenance
+        state = " (with uncommitted changes)" if p.dirty else ""
+        pairs = {
+            "command": p.command,
+            "commit": p.commit + state,
+            "python": p.python,
+            **p.versions,
+            **{f"flag {name}": value for name, value in p.flags.items()},
+            "layers": record.layers,
+            "micro-batches of prefill": str(record.micro_batches or "-"),
+        }
+        for name, value in pairs.items():
+            values = found.setdefault(name, [])
+            if value and value not in values:
+                values.append(value)
+    times = [r.provenance.time for r in records]
+    found["made (UTC)"] = [f"{min(times)} to {max(times)}"] if times else []
+    rows = [[name, ", ".join(values)] for name, values in found.items() if values]
+    return ["what", "value"], rows
+
+
+def csv_text(questions: Sequence[Question], objective: Objective) -> str:
+    """Returns every point as CSV, with `on_frontier` and `meets_objective`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*_CSV_FIELDS, "on_frontier", "meets_objective"])
+    for question in questions:
+        best = {r.key for r in pareto(question.ok)}
+        for r in question.records:
+            marks = [r.key in best, objective.met(r) if objective.given else ""]
+            writer.writerow([getattr(r, name) for name in _CSV_FIELDS] + marks)
+    return out.getvalue()
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as Markdown, figures aligned to the right."""
+    headings, rows = table
+    lines = [[_cell(c) for c in row] for row in [list(headings), *rows]]
+    right = [all(_figure(row[i]) for row in rows) for i in range(len(headings))]
+    rule = ["--:" if r else "---" for r in right]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [lines[0], rule, *lines[1:]])
+
+
+def markdown_report(
+    questions: Sequence[Question], objective: Objective, notes: Sequence[str]
+) -> str:
+    """Returns the whole report as Markdown: answers, tables, definitions."""
+    out = ["# How should the accelerators share the model?", ""]
+    out += [f"> {note}\n" for note in notes]
+    for q in questions:
+        out += [f"## {words.title(q)}", ""]
+        out += [f"{_cell(words.headline(q))} {words.outcome(q)}.", ""]
+        out += [f"- **{k}**: {_cell(v)}" for k, v in words.answers(q, objective)]
+        if q.ok:
+            out += ["", "### Points", "", markdown(points(q, objective))]
+        if q.not_ok:
+            out += ["", "### Without an answer, and why", "", markdown(turned_down(q))]
+        out += ["", "### FLOPs and bytes of one device", "", markdown(flops(q)), ""]
+        for batch in q.batch_sizes:
+            table = collectives(q, batch)
+            if table[1]:
+                out += [f"### Collectives at batch {batch}", "", markdown(table), ""]
+        out += ["### Made by", "", markdown(provenance(q.records)), ""]
+    out += ["## What the figures mean", ""]
+    out += [f"- **{name}**: {text}" for name, text in words.METRICS]
+    origins = sorted({r.origin for q in questions for r in q.records})
+    out += ["", *(words.ORIGIN[origin] for origin in origins), ""]
+    return "\n".join(out)
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _figure(text: str) -> bool:
+    return text[:1].isdigit() or text in ("", "-")
+
+
+def _or_dash(value, render) -> str:
+    return "-" if value is None else render(value)
+
+
+def _ratio(ours: float, theirs: float | None) -> str:
+    return f"{ours / theirs:.3f}" if theirs else "-"

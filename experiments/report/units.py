@@ -1,0 +1,58 @@
+"""Figures as people read them: three significant digits and a unit.
+
+Bytes are decimal (1 GB = 1e9 bytes), as chip makers and links count them.
+"""
+
+import math
+
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_COUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+
+def digits(value: float) -> str:
+    """Returns `value` with three significant digits, thousands separated.
+
+    Example:
+      >>> digits(0.012345), digits(12345), digits(99.96), digits(7)
+      ('0.0123', '12,345', '100', '7')
+    """
+    if value == 0:
+        return "0"
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    value = round(value, decimals) if decimals > 0 else value
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    if value == int(value) and abs(value) < 100:
+        decimals = 0
+    return f"{value:,.{max(decimals, 0)}f}"
+
+
+def seconds(value: float) -> str:
+    """Example: `seconds(0.00984)` is "9.84 ms"."""
+    return _scaled(value, _SECONDS)
+
+
+def bytes_(value: float) -> str:
+    """Example: `bytes_(141_107_412_992)` is "141 GB"."""
+    return _scaled(value, _BYTES)
+
+
+def count(value: float) -> str:
+    """Example: `count(1.5e12)` is "1.5 T", used for FLOPs."""
+    return _scaled(value, _COUNTS)
+
+
+def percent(fraction: float) -> str:
+    """Example: `percent(0.853)` is "85 %", `percent(0.0853)` is "8.5 %"."""
+    value = 100 * fraction
+    return f"{value:.1f} %" if value < 10 else f"{value:.0f} %"
+
+
+def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
+    if value == 0:
+        return f"0 {scales[-1][1] if scales is not _SECONDS else 's'}".strip()
+    for size, name in scales:
+        # 999.6 of a unit would be printed as 1,000 of it.
+        if abs(value) >= 0.9995 * size:
+            return f"{digits(value / size)} {name}".strip()
+    return f"{digits(value / scales[-1][0])} {scales[-1][1]}".strip()

@@ -1,0 +1,253 @@
+"""The answer in words, the names of things, and how each metric is defined."""
+
+import dataclasses
+
+from experiments.report import units
+from experiments.report.frontier import (
+    NEAR,
+    Objective,
+    Question,
+    Winner,
+    least,
+    most,
+)
+from experiments.report.record import Record
+
+METRICS = (
+    ("TTFT", "Start of prefill to the first token of every sequence of the batch."),
+    ("TPOT", "(E2E - TTFT) / (output tokens - 1): time between tokens of a user."),
+    ("E2E", "TTFT + TPOT x (output tokens - 1)."),
+    ("tokens/s", "Output throughput of the target: batch x output tokens / E2E."),
+    ("tokens/s/user", "1 / TPOT."),
+    ("tokens/s/chip", "Output throughput / all chips of the target."),
+    (
+        "limit",
+        "The least time physics allows: bytes that must move, FLOPs that must be"
+        " done and messages that must be sent, at the chip's peak rates.",
+    ),
+    ("% of limit", "100 x limit / estimated time; 100 % cannot be improved on."),
+    ("MFU", "FLOPs the model needs / (time x peak FLOP/s of the devices)."),
+    ("MBU", "Bytes the model must move / (time x peak memory bandwidth)."),
+    (
+        "FLOPs",
+        "Of one device for one call, read from the optimised HLO, loops multiplied"
+        " by their trip counts. A multiply-add is 2, an elementwise operation 1.",
+    ),
+    (
+        "payload, wire",
+        "Payload is what a collective is about: the operand of an all-reduce, the"
+        " gathered result of an all-gather. Wire is what one device sends for it.",
+    ),
+    (
+        "parts of time",
+        "Compute or HBM, whichever takes longer, of each operation; links by mesh"
+        " axis; overhead of each call; bubble is the idle share of a pipeline.",
+    ),
+    (
+        "memory",
+        "Of one device at the phase's peak. 1 GB is 1e9 bytes.",
+    ),
+    (
+        "batch",
+        "Static: all sequences start together and have equal lengths. Queueing and"
+        " continuous batching are not modelled.",
+    ),
+)
+
+ORIGIN = {
+    "compiled": (
+        "FLOPs, bytes, memory and collectives are read from programs that XLA"
+        " compiled; times are a roofline of them with the chip's published rates."
+        " Nothing was run."
+    ),
+    "modelled": "Figures are closed forms; nothing was compiled.",
+    "measured": "Times were measured on attached devices.",
+}
+
+
+def part_name(part: str) -> str:
+    """Returns the name of a part of time, as used in sentences and legends.
+
+    Example:
+      >>> part_name("hbm"), part_name("link tensor"), part_name("compute")
+      ('HBM', 'tensor links', 'compute')
+    """
+    if part.startswith("link "):
+        return f"{part.removeprefix('link ')} links"
+    return {"hbm": "HBM"}.get(part, part)
+
+
+def title(question: Question) -> str:
+    """Returns e.g. "llama-3.1-70b on h100:8"."""
+    costed = "" if question.target.startswith(f"{question.chip}:") else " as"
+    name = f"{question.model} on {question.target}"
+    return f"{name}{costed} {question.chip}" if costed else name
+
+
+def size(question: Question) -> str:
+    """Returns e.g. "8 chips", or "4 chips, 8 devices" where they differ."""
+    chips = f"{question.num_chips} chip{'s' * (question.num_chips != 1)}"
+    if question.num_chips == question.num_devices:
+        return chips
+    return f"{chips}, {question.num_devices} devices"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best of some points by one measure, in words.
+
+    Attributes:
+      measure: e.g. "best TTFT".
+      name: the winner's series, e.g. "tp8".
+      figure: e.g. "9.84 ms".
+      limit: e.g. "limited by HBM".
+      near: who is within 5 %, e.g. "tp4_pp2 within 5 %", or "".
+    """
+
+    measure: str
+    name: str
+    figure: str
+    limit: str
+    near: str
+
+    def __str__(self) -> str:
+        near = f" ({self.near})" if self.near else ""
+        return f"{self.measure} {self.name}{near}, {self.figure} ({self.limit})"
+
+
+def best(question: Question, batch_size: int) -> list[Best]:
+    """Returns the best TTFT, TPOT and throughput at `batch_size`; [] if nothing fits."""
+    records = [r for r in question.records if r.batch_size == batch_size]
+    ttft, tpot = least(records, "ttft_s"), least(records, "tpot_s")
+    rate = most(records, "output_tokens_per_s")
+    if ttft is None or tpot is None or rate is None:
+        return []
+    prefill, decode = ttft.record.prefill, tpot.record.decode
+    assert prefill is not None
+    assert decode is not None
+    figures = (
+        ("best TTFT", ttft, seconds_of(ttft.record, "ttft_s"), prefill.bottleneck),
+        ("best TPOT", tpot, seconds_of(tpot.record, "tpot_s"), decode.bottleneck),
+        (
+            "most tokens/s",
+            rate,
+            f"{units.digits(rate.record.require('output_tokens_per_s'))},"
+            f" {_per_chip(rate.record)} per chip",
+            rate.record.bottleneck,
+        ),
+    )
+    return [
+        Best(
+            measure=measure,
+            name=question.label(winner.record),
+            figure=figure,
+            limit=f"limited by {part_name(str(part))}",
+            near=_near(question, winner),
+        )
+        for measure, winner, figure, part in figures
+    ]
+
+
+def answers(question: Question, objective: Objective) -> list[tuple[str, str]]:
+    """Returns (batch, sentence) for each batch size, then for the objective."""
+    found = []
+    for batch in question.batch_sizes:
+        bests = best(question, batch)
+        text = "; ".join(map(str, bests)) if bests else "nothing fits"
+        found.append((f"batch {batch}", f"{text}."))
+    if objective.given:
+        found.append(("objective", met_by(question, objective)))
+    return found
+
+
+def headline(question: Question) -> str:
+    """Returns the shortest answer: the extremes over every batch size."""
+    ttft, tpot = least(question.ok, "ttft_s"), least(question.ok, "tpot_s")
+    rate = most(question.ok, "tokens_per_s_per_chip")
+    if ttft is None or tpot is None or rate is None:
+        return f"On {question.target} none of {len(question.records)} points has an answer."
+    first, step = ttft.record, tpot.record
+    soonest = (
+        f"{question.label(first)} gives the first token soonest"
+        f" ({seconds_of(first, 'ttft_s')} at batch {first.batch_size})"
+    )
+    steady = f"the shortest time per token ({seconds_of(step, 'tpot_s')})"
+    if question.label(first) == question.label(step):
+        latency = f"{soonest} and {steady}"
+    else:
+        latency = f"{soonest}, {question.label(step)} {steady}"
+    return (
+        f"On {question.target} {latency}; {question.label(rate.record)} at batch"
+        f" {rate.record.batch_size} gives the most tokens, {_per_chip(rate.record)} per"
+        " second per chip."
+    )
+
+
+def met_by(question: Question, objective: Objective) -> str:
+    """Returns who meets the objective, and which of them gives most tokens/s."""
+    wanted = " and ".join(
+        f"{name} of at most {units.seconds(value)}"
+        for name, value in (("TTFT", objective.ttft_s), ("TPOT", objective.tpot_s))
+        if value is not None
+    )
+    winner = most([r for r in question.ok if objective.met(r)], "tokens_per_s_per_chip")
+    if winner is None:
+        ttft, tpot = least(question.ok, "ttft_s"), least(question.ok, "tpot_s")
+        if ttft is None or tpot is None:
+            return f"no point has {wanted}; none has an answer at all."
+        return (
+            f"no point has {wanted}; the least are TTFT"
+            f" {seconds_of(ttft.record, 'ttft_s')} and TPOT"
+            f" {seconds_of(tpot.record, 'tpot_s')}."
+        )
+    r, met = winner.record, sum(objective.met(r) for r in question.ok)
+    return (
+        f"{met} of {len(question.ok)} points have {wanted}; of these"
+        f" {question.label(r)} at batch {r.batch_size} gives most tokens/s,"
+        f" {_per_chip(r)} per chip (TTFT {seconds_of(r, 'ttft_s')}, TPOT"
+        f" {seconds_of(r, 'tpot_s')})."
+    )
+
+
+def reason_line(record: Record) -> str:
+    """Returns why a point has no figures, with bytes where it is about memory."""
+    text = record.reason or ""
+    if record.needed_bytes is not None and record.available_bytes is not None:
+        needed = units.bytes_(record.needed_bytes)
+        text = (
+            f"needs {needed} a device, has {units.bytes_(record.available_bytes)}."
+            f" {text}"
+        )
+    return text
+
+
+def outcome(question: Question) -> str:
+    """Returns e.g. "18 points: 15 fit, 2 do not fit, 1 refused"."""
+    names = {
+        "ok": "fit", "does not fit": "do not fit", "refused": "refused",
+        "failed": "failed",
+    }  # fmt: skip
+    counts = {
+        name: sum(r.status == status for r in question.records)
+        for status, name in names.items()
+    }
+    parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    total = len(question.records)
+    return f"{total} point{'s' * (total != 1)}: {parts}"
+
+
+def seconds_of(record: Record, name: str) -> str:
+    """Returns the figure `name`, which is in seconds, as people read it."""
+    return units.seconds(record.require(name))
+
+
+def _per_chip(record: Record) -> str:
+    return units.digits(record.require("tokens_per_s_per_chip"))
+
+
+def _near(question: Question, winner: Winner) -> str:
+    near = [question.label(record) for record, _ in winner.near]
+    if not near:
+        return ""
+    more = f" and {len(near) - 2} more" if len(near) > 2 else ""
+    return f"{', '.join(near[:2])}{more} within {100 * NEAR:.0f} %"

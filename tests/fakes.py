@@ -1,0 +1,203 @@
+"""Made-up records for tests of reports and sweeps: plausible, and never a result.
+
+A few lines of roofline arithmetic for Llama-3.1-70B stand in for the compiler, so
+that winners, frontiers and points that do not fit come out as they would.
+"""
+
+from experiments.report.record import (
+    CollectiveRow,
+    MemoryRow,
+    PhaseRecord,
+    Point,
+    Provenance,
+    Record,
+    TimeParts,
+    metrics,
+    no_metrics,
+)
+
+PARTITIONS = ("tp8", "tp4_pp2", "tp2_pp4", "pp8", "dp2_tp4", "dp4_tp2", "dp8")
+_LAYERS, _WIDTH, _WEIGHTS, _KV_TOKEN = 80, 8192, 141e9, 327_680
+# Peak FLOP/s, HBM bytes/s, HBM bytes, link bytes/s, latency of a collective.
+_CHIPS = {
+    "h100": (989e12, 3.35e12, 80e9, 450e9, 9e-6),
+    "v5p": (459e12, 2.765e12, 95e9, 180e9, 3e-6),
+}
+
+
+def point(**changes) -> Point:
+    """Returns a point, tp8 of 70B on h100:8 at batch 16 unless changed."""
+    fields: dict = dict(
+        model="llama-3.1-70b", target="h100:8", chip="h100", partition="tp8",
+        rules="megatron", dtype="bf16", batch_size=16, input_len=2048, output_len=128,
+        layers="unrolled", context={"code": "0123456789abcdef", "jax": "0.10.2"},
+    )  # fmt: skip
+    return Point(**{**fields, **changes})
+
+
+def points() -> list[Point]:
+    return [
+        point(target=target, chip=target.split(":")[0], partition=name, batch_size=b)
+        for target in ("h100:8", "v5p:2x2x2")
+        for b in (1, 16, 64)
+        for name in PARTITIONS
+    ]
+
+
+def evaluate(p: Point) -> Record:
+    """Returns a made-up record of `p`."""
+    degrees = {"tp": 1, "pp": 1, "dp": 1}
+    degrees |= {part[:2]: int(part[2:]) for part in p.partition.split("_")}
+    tp, pp, dp = degrees["tp"], degrees["pp"], degrees["dp"]
+    if p.batch_size % dp:
+        return _no(p, "refused", f"cannot split batch={p.batch_size} into {dp} over"
+                   " mesh axes ('data',): not divisible. Use a multiple, or less data"
+                   " parallelism.")  # fmt: skip
+    micro = min(p.batch_size // dp, 2 * pp) if pp > 1 else 1
+    prefill = _phase(p, tp, pp, dp, p.input_len, micro + pp - 1, micro)
+    decode = _phase(p, tp, pp, dp, 1, pp, pp)
+    needed = max(prefill[0].memory.peak_bytes, decode[0].memory.peak_bytes)
+    available = int(_CHIPS[p.chip][2])
+    if needed > available:
+        return _no(
+            p,
+            "does not fit",
+            "weights 141 GB are whole on every replica.",
+            needed_bytes=needed,
+            available_bytes=available,
+            prefill=prefill[0],
+            decode=decode[0],
+        )
+    return Record(
+        **_inputs(p),
+        status="ok",
+        fits=True,
+        reason=None,
+        micro_batches=micro,
+        needed_bytes=needed,
+        available_bytes=available,
+        ttft_limit_s=prefill[2],
+        tpot_limit_s=decode[2],
+        **metrics(
+            ttft_parts_s=prefill[1],
+            tpot_parts_s=decode[1],
+            batch_size=p.batch_size,
+            output_len=p.output_len,
+            num_chips=8,
+        ),
+        prefill=prefill[0],
+        decode=decode[0],
+    )
+
+
+def _phase(
+    p: Point, tp: int, pp: int, dp: int, tokens: int, ticks: int, busy: int
+) -> tuple[PhaseRecord, TimeParts, float]:
+    peak, bandwidth, _, link, latency = _CHIPS[p.chip]
+    sequences = p.batch_size / dp
+    weights = _WEIGHTS / (tp * pp)
+    kv = sequences * (p.input_len + p.output_len) * _KV_TOKEN / (tp * pp)
+    flops = 2 * 70e9 * sequences * tokens / (tp * pp)
+    hbm = weights * busy + kv
+    each = int(sequences * tokens / busy * _WIDTH * 2)
+    rows, links = [], {}
+    if tp > 1:
+        count = 2 * _LAYERS // pp * busy + 2
+        rows.append(_row("tensor", "all-reduce", count, each, tp, "layers.py:112"))
+    if pp > 1:
+        rows.append(_row("stage", "permute", ticks, each, pp, "pipeline.py:87"))
+        rows.append(_row("stage", "all-gather", 1, each // 9, pp, "program.py:141"))
+    for row in rows:
+        seconds = row.count * latency * (1 + 0.2 * row.group_size)
+        links[row.axis] = links.get(row.axis, 0.0) + seconds + row.wire_bytes / link
+    compute_s, hbm_s = flops / (0.9 * peak), hbm / (0.92 * bandwidth)
+    parts = TimeParts(
+        compute=compute_s if compute_s > hbm_s else 0.05 * hbm_s,
+        hbm=hbm_s if hbm_s >= compute_s else 0.03 * compute_s,
+        links=links,
+        overhead=3e-4,
+        bubble=max(compute_s, hbm_s) * (ticks - busy) / busy,
+    )
+    limit_s = max(flops / peak, (weights + kv) / bandwidth)
+    activations = sequences * tokens / busy * _WIDTH * 2 * 9 / tp + 2e8
+    phase = PhaseRecord(
+        flops=int(flops * 1.004),
+        hbm_bytes=int(hbm * 1.04),
+        collectives=tuple(rows),
+        memory=MemoryRow(
+            weights_bytes=int(weights),
+            kv_bytes=int(kv),
+            activations_bytes=int(activations),
+            other_bytes=int(4e8),
+            peak_bytes=int(weights + kv + activations + 4e8),
+        ),
+        compile_s=5.2,
+        ticks=ticks,
+        busy_ticks=busy,
+        closed_form_flops=flops,
+        xla_flops=None if p.chip == "h100" else flops * 1.004 / 7,
+        bottleneck=parts.bottleneck,
+        pct_of_limit=100 * limit_s / parts.total_s,
+        mfu=flops / peak / parts.total_s,
+        mbu=(weights + kv) / bandwidth / parts.total_s,
+    )
+    return phase, parts, limit_s
+
+
+def _row(
+    axis: str, kind: str, count: int, each: int, n: int, source: str
+) -> CollectiveRow:
+    factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n}.get(kind, 1)
+    return CollectiveRow(
+        axis=axis,
+        kind=kind,
+        count=count,
+        payload_bytes=count * each,
+        payload_bytes_each=each,
+        wire_bytes=int(count * each * factor),
+        group_size=n,
+        source=source,
+    )
+
+
+def _inputs(p: Point) -> dict:
+    names = (
+        "key", "model", "target", "chip", "partition", "rules", "dtype", "layers",
+        "batch_size", "input_len", "output_len", "context",
+    )  # fmt: skip
+    provenance = Provenance(
+        commit="0" * 40,
+        dirty=False,
+        python="3.11.0",
+        versions={"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.40"},
+        flags={"XLA_FLAGS": ""},
+        command="made up by tests/fakes.py",
+        time="2026-01-01T00:00:00Z",
+    )
+    return dict(
+        {name: getattr(p, name) for name in names},
+        origin="compiled",
+        num_chips=8,
+        num_devices=8,
+        provenance=provenance,
+    )
+
+
+def _no(p: Point, status: str, reason: str, **known) -> Record:
+    nothing = dict(
+        micro_batches=None, needed_bytes=None, available_bytes=None, ttft_limit_s=None,
+        tpot_limit_s=None, prefill=None, decode=None,
+    )  # fmt: skip
+    return Record(
+        **_inputs(p),
+        status=status,
+        fits=None if status == "failed" else False,
+        reason=reason,
+        **no_metrics(),
+        **(nothing | known),
+    )
+
+
+def failed(p: Point, reason: str) -> Record:
+    """Returns the record of a point whose evaluation broke."""
+    return _no(p, "failed", reason)
