@@ -29,7 +29,7 @@ _SAME = frozenset([
     "async-done", "bitcast", "broadcast", "convert", "copy", "copy-done",
     "copy-start", "opt-barrier", "reshape", "transpose",
 ])  # fmt: skip
-_OPS: dict[str, Callable[..., int]] = {
+_OPS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -324,6 +324,8 @@ def _element(whole: Expression, index: int) -> Expression:
 
 def _literal(constant: Instruction) -> Expression:
     text = constant.literal.strip()
+    if constant.shape.size == 1:
+        text = text.strip("{} ")
     if text in ("true", "false"):
         return int(text == "true")
     if re.fullmatch(r"-?\d+", text):
