@@ -8,11 +8,11 @@ partitions and to say what limits each, not to predict a clock.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
 from sharding import torus
 from sharding.chips import Chip
+from sharding.hlo.ledger import Collective, Ledger
 
 KINDS = (
     "all-reduce",
@@ -23,43 +23,6 @@ KINDS = (
     "broadcast",
 )
 _TORUS_DIMS = {"torus2d": 2, "torus3d": 3}
-
-
-class Cost(Protocol):
-    """What `estimate` asks of `sharding.hlo.ledger.Cost`."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def flops(self) -> int: ...
-    @property
-    def matmul_flops(self) -> int: ...
-    @property
-    def hbm_bytes(self) -> int: ...
-
-
-class Collective(Protocol):
-    """What `estimate` asks of `sharding.hlo.ledger.Collective`."""
-
-    @property
-    def axis(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def wire_bytes(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-
-
-class Ledger(Protocol):
-    """What `estimate` asks of `sharding.hlo.ledger.Ledger`."""
-
-    @property
-    def costs(self) -> Collection[Cost]: ...
-    @property
-    def collectives(self) -> Collection[Collective]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,13 @@ EXAMPLES = "attached, cpu:8, h100:8, h200:8, v5e:2x4, v5p:2x2x2, tpu7x:2x2x1"
 # A v4 chip shows its two TensorCores as two devices unless asked for as a megacore.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
+# On a TPU7x the sparse cores run these collectives asynchronously, in instructions that
+# libtpu 0.0.52 writes and jaxlib cannot read back before 0.12.
+_UNREADABLE_BEFORE_JAX_0_12 = {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "false"
+    for kind in ("all_reduce", "all_gather", "reduce_scatter")
+}
+
 # libtpu looks for the machine it is on, and says so at length when there is none.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -83,6 +90,14 @@ class Target:
     def num_chips(self) -> int:
         """Chips that `devices` are on, counted as `chip` does."""
         return math.ceil(self.num_devices / self.chip.devices_per_chip)
+
+    @property
+    def compiler_options(self) -> dict[str, str | bool]:
+        """What `jax.stages.Lowered.compile` must be told for this target."""
+        unreadable = (
+            jax.__version_info__ < (0, 12) and self.devices[0].device_kind == "TPU7x"
+        )
+        return {**_UNREADABLE_BEFORE_JAX_0_12} if unreadable else {}
 
     def mesh_devices(self, shape: Sequence[int]) -> np.ndarray:
         """Returns devices in the shape of a mesh, neighbours on its last axis.

@@ -7,35 +7,44 @@ import pytest
 
 from sharding.chips import CHIPS, Chip
 from sharding.estimate import collective_time_s, estimate, links_used
+from sharding.hlo.ledger import Collective, Cost, Ledger
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """An instruction that does nothing unless told."""
-
-    count: int = 1
-    flops: int = 0
-    matmul_flops: int = 0
-    hbm_bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """An all-reduce of two devices unless told."""
-
-    axis: str = "tensor"
-    kind: str = "all-reduce"
-    count: int = 1
-    wire_bytes: int = 0
-    group_size: int = 2
+def _cost(
+    *, count: int = 1, flops: int = 0, matmul_flops: int = 0, hbm_bytes: int = 0
+) -> Cost:
+    return Cost(
+        name="fusion.1",
+        opcode="fusion",
+        computation="main",
+        count=count,
+        flops=flops,
+        matmul_flops=matmul_flops,
+        hbm_bytes=hbm_bytes,
+        op_name="",
+        source="",
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """What one device does in one call."""
-
-    costs: tuple[Cost, ...] = ()
-    collectives: tuple[Collective, ...] = ()
+def _row(
+    *,
+    axis: str = "tensor",
+    kind: str = "all-reduce",
+    count: int = 1,
+    wire_bytes: int = 0,
+    group_size: int = 2,
+) -> Collective:
+    return Collective(
+        axis=axis,
+        kind=kind,
+        count=count,
+        payload_bytes=wire_bytes,
+        wire_bytes=wire_bytes,
+        group_size=group_size,
+        op_name="",
+        source="",
+        loop="",
+    )
 
 
 TOY = dataclasses.replace(
@@ -54,19 +63,19 @@ TOY = dataclasses.replace(
 LEDGER = Ledger(
     costs=(
         # 3 * max(5000/1000, 20/10): arithmetic, 15 s.
-        Cost(count=3, flops=5000, matmul_flops=5000, hbm_bytes=20),
+        _cost(count=3, flops=5000, matmul_flops=5000, hbm_bytes=20),
         # 2 * max(1000/1000, 40/10): memory, 8 s.
-        Cost(count=2, flops=1000, matmul_flops=1000, hbm_bytes=40),
+        _cost(count=2, flops=1000, matmul_flops=1000, hbm_bytes=40),
         # max(600/100, 50/10): vector arithmetic, 6 s; at the matrix rate it were 0.6.
-        Cost(flops=600, hbm_bytes=50),
+        _cost(flops=600, hbm_bytes=50),
         # max(3000/1000, 400/100, 10/10): the vector part of a fused product, 4 s.
-        Cost(flops=3400, matmul_flops=3000, hbm_bytes=10),
+        _cost(flops=3400, matmul_flops=3000, hbm_bytes=10),
     ),
     collectives=(
         # 4 * 0.5 + 6 / (2 * 1) = 5 s.
-        Collective(count=4, wire_bytes=6),
+        _row(count=4, wire_bytes=6),
         # 0.5 + 2 / 2 = 1.5 s.
-        Collective(axis="stage", kind="permute", wire_bytes=2),
+        _row(axis="stage", kind="permute", wire_bytes=2),
     ),
 )
 
@@ -141,7 +150,7 @@ def test_with_infinite_compute_it_is_the_communication() -> None:
 
 def test_unknown_vector_rate_is_the_matrix_rate() -> None:
     chip = dataclasses.replace(TOY, vector_flops_per_s=None)
-    ledger = Ledger(costs=(Cost(flops=600),))
+    ledger = Ledger(costs=(_cost(flops=600),), collectives=())
     assert estimate(ledger, TOY).compute_s == 6
     assert estimate(ledger, chip).compute_s == 0.6
 
@@ -199,7 +208,7 @@ def test_latency_grows_with_the_steps(
     topology: str, kind: str, group_size: int, further_steps: int
 ) -> None:
     chip = dataclasses.replace(TOY, topology=topology, links=6)
-    row = Collective(kind=kind, group_size=group_size, count=3)
+    row = _row(kind=kind, group_size=group_size, count=3)
     expected = 3 * (0.5 + 0.25 * further_steps)
     assert collective_time_s(row, chip) == pytest.approx(expected)
 
@@ -211,12 +220,12 @@ def test_small_all_reduce_is_near_the_measured_one(
     payload_bytes: int, measured_s: float
 ) -> None:
     """2 x H100, jax 0.11.2, 2026-11-22; large ones stay under, as links do."""
-    row = Collective(wire_bytes=payload_bytes)
+    row = _row(wire_bytes=payload_bytes)
     assert collective_time_s(row, CHIPS["h100"]) == pytest.approx(measured_s, rel=0.1)
 
 
 def test_group_of_one_sends_nothing() -> None:
-    assert collective_time_s(Collective(group_size=1), TOY) == 0
+    assert collective_time_s(_row(group_size=1), TOY) == 0
 
 
 @pytest.mark.parametrize(("ticks", "busy_ticks"), [(3, 4), (3, 0)])
@@ -227,7 +236,7 @@ def test_impossible_ticks_are_refused(ticks: int, busy_ticks: int) -> None:
 
 @pytest.mark.parametrize("chip", [TOY, CHIPS["v5p"]], ids=lambda c: c.name)
 def test_unknown_collective_is_an_error(chip: Chip) -> None:
-    ledger = Ledger(collectives=(Collective(kind="gossip", group_size=4),))
+    ledger = Ledger(costs=(), collectives=(_row(kind="gossip", group_size=4),))
     with pytest.raises(ValueError, match=r"kind 'gossip' over 4 devices"):
         estimate(ledger, chip)
 
