@@ -4,6 +4,8 @@ A pipeline over stages (`sharding.pipeline`) uses the same pieces: the attention
 each phase, the pick of the last prompt position, and greedy sampling.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +14,9 @@ from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere
 from jaxllm.model import Attend, Params, Tree, bind_ends, run_blocks
+
+# Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
+Lookup = Callable[[Array, Array], Array]
 
 _CACHED = ("cache_batch", "seq", "kv_heads", "head_dim")
 
@@ -79,6 +84,13 @@ def last_position(
     return jnp.sum(jnp.where(chosen[:, :, None], x, 0), axis=1, dtype=x.dtype)
 
 
+def whole_table(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Looks tokens up in an embedding table that is not split."""
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """Returns the most likely token; the lowest of equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -92,6 +104,7 @@ def prefill(
     lengths: Int[Array, " B"] | None = None,
     *,
     place: Place = anywhere,
+    lookup: Lookup = whole_table,
     row: Int[Array, ""] | int = 0,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Reads prompts into the cache; returns it with the logits of the next token.
@@ -103,10 +116,11 @@ def prefill(
       tokens: prompts, padded at the end.
       lengths: of the prompts; None where all fill T.
       place: pins activations.
+      lookup: how tokens are embedded.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
     """
     ends = bind_ends(config, params.ends)
-    x = place(ends.embed(tokens), ("batch", "residual_seq", "embed"))
+    x = place(lookup(ends.embedding[...], tokens), ("batch", "residual_seq", "embed"))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     x, cache = run_blocks(
         config,
@@ -130,6 +144,7 @@ def decode_step(
     positions: Int[Array, "..."],
     *,
     place: Place = anywhere,
+    lookup: Lookup = whole_table,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Runs one token of every sequence; returns the cache and the next logits.
 
@@ -140,9 +155,11 @@ def decode_step(
       tokens: one a sequence.
       positions: where they stand: one for all sequences, or one each, [B].
       place: pins activations.
+      lookup: how tokens are embedded.
     """
     ends = bind_ends(config, params.ends)
-    x = place(ends.embed(tokens[:, None]), ("batch", "residual_seq", "embed"))
+    x = lookup(ends.embedding[...], tokens[:, None])
+    x = place(x, ("batch", "residual_seq", "embed"))
     where = jnp.broadcast_to(positions, tokens.shape)[:, None]
     x, cache = run_blocks(
         config,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
@@ -74,9 +74,6 @@ class Ends(nnx.Module):
                 normal, (d, v), ("embed", "vocab"), dtype=dtype, rngs=rngs
             )
         self.tied = config.tie_embeddings
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
 
     def logits(
         self, x: Float[Array, "B D"], place: Place = anywhere

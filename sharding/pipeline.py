@@ -20,6 +20,7 @@ another; that costs a sum of B D over the stage axis on the way in and on the wa
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from jax import lax
 
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.decode import greedy, last_position, prompt_attend, token_attend
+from jaxllm.decode import Lookup, last_position, prompt_attend, token_attend
 from jaxllm.layers import Place, angles_at
 from jaxllm.model import Layers, Params, Tree, bind_ends, run_blocks
 from sharding.layout import State
@@ -47,6 +48,8 @@ class Pipeline:
       micro_batches: M of prefill; a multiple of G.
       layers: unrolled or scanned; ticks of decode likewise.
       place: pins activations over the axes that the compiler handles.
+      lookup: embeds tokens, of which this stage holds a part of the table.
+      sample: picks tokens from this stage's part of the logits.
       with_logits: return the logits; else an empty tuple stands for them.
       wide_sums: sum over stages in float32, for XLA:CPU, which aborts on a bfloat16
         all-reduce inside a manual region ("Invalid binary instruction opcode copy",
@@ -59,6 +62,8 @@ class Pipeline:
     micro_batches: int
     layers: Layers
     place: Place
+    lookup: Lookup
+    sample: Callable[[jax.Array], jax.Array]
     with_logits: bool
     wide_sums: bool
 
@@ -84,8 +89,7 @@ class Pipeline:
 
         def tick(carry: tuple[jax.Array, Tree], t: jax.Array):
             x, cache = carry
-            with jax.named_scope("embed"):
-                fed = self._embed(params.ends, items[_clip(t, self.micro_batches)])
+            fed = self._embed(params.ends, items[_clip(t, self.micro_batches)])
             x = jnp.where(stage == 0, fed, x)
             item = t - stage
             busy = (item >= 0) & (item < self.micro_batches)
@@ -118,7 +122,7 @@ class Pipeline:
             (_, cache), last = lax.scan(tick, (empty, cache), jnp.arange(ticks))
         last = self._join(last[self.stages - 1 :])
         logits = self._logits(params.ends, self._from_last_stage(last))
-        tokens = self._sample(logits)
+        tokens = self.sample(logits)
         count = jnp.int32(seq_len) if lengths is None else lengths
         state = state._replace(
             cache=_global(cache),
@@ -162,8 +166,7 @@ class Pipeline:
 
         def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array | int):
             cache, tokens, hidden = carry
-            with jax.named_scope("embed"):
-                fed = self._embed(ends, tokens[t][:, None])[:, 0]
+            fed = self._embed(ends, tokens[t][:, None])[:, 0]
             x = jnp.where(stage == 0, fed, hidden)
             # A group that entered before this round is one position behind.
             behind = (t < stage).astype(jnp.int32)
@@ -173,7 +176,7 @@ class Pipeline:
             logits = self._logits(ends, self._from_last_stage(x))
             done = (t + 1) % self.groups
             fresh = (done == 0) | (state.round > 0)
-            token = jnp.where(fresh, self._sample(logits), tokens[done])
+            token = jnp.where(fresh, self.sample(logits), tokens[done])
             tokens = tokens.at[done].set(token)
             return (cache, tokens, self._pass_on(x)), self._all_logits(logits)
 
@@ -219,7 +222,7 @@ class Pipeline:
                 with jax.named_scope(f"tick_{t}"):
                     carry, last = tick(carry, t)
         logits = self._logits(ends, self._from_last_stage(last))
-        token = self._sample(logits)[None]
+        token = self.sample(logits)[None]
         return carry[0], token, hidden, self._all_logits(logits)
 
     def _step(
@@ -261,28 +264,15 @@ class Pipeline:
         return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
 
     def _embed(self, ends: Tree, tokens: jax.Array) -> jax.Array:
-        """Looks up [b, t] tokens in this stage's part of the table; sums the parts."""
-        count = ends["embedding"].shape[0]
-        index = tokens - lax.axis_index(_AXIS) * count
-        mine = (index >= 0) & (index < count)
-        found = bind_ends(self.config, ends).embed(jnp.where(mine, index, 0))
-        found = jnp.where(mine[:, :, None], found, 0)
-        return self._sum(self.place(found, ("batch", "residual_seq", "embed")))
+        with jax.named_scope("embed"):
+            found = self.lookup(ends["embedding"], tokens)
+            return self.place(found, ("batch", "residual_seq", "embed"))
 
     def _logits(self, ends: Tree, x: jax.Array) -> jax.Array:
         """Returns the scores [b, V/S] of this stage's part of the vocabulary."""
         with jax.named_scope("head"):
             x = self.place(x, ("batch", "embed"))
             return bind_ends(self.config, ends).logits(x, self.place)
-
-    def _sample(self, logits: jax.Array) -> jax.Array:
-        """Returns the most likely token over all stages; the lowest of equals."""
-        with jax.named_scope("sample"):
-            best = greedy(logits)
-            score = jnp.max(logits, axis=-1)
-            scores = lax.all_gather(score, _AXIS)
-            tokens = lax.all_gather(best + lax.axis_index(_AXIS) * logits.shape[-1], _AXIS)
-            return jnp.take_along_axis(tokens, greedy(scores.T)[None], axis=0)[0]
 
     def _all_logits(self, logits: jax.Array) -> Any:
         if not self.with_logits:

@@ -12,6 +12,7 @@ that share nothing, are handled by `jax.shard_map` around it (`sharding.pipeline
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import decode as decode_lib
 from jaxllm.config import ModelConfig
+from jaxllm.decode import Lookup
 from jaxllm.layers import Place
 from jaxllm.model import Layers, Params
+from sharding import vocab
 from sharding.layout import Layout, Named, State
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
@@ -261,7 +264,7 @@ class Program:
     def _function(self, mesh: Mesh) -> Callable[..., Any]:
         manual = self.partition.manual_axes
         platform = mesh.devices.flat[0].platform
-        local = self._staged(platform) if self.partition.stage > 1 else self._single()
+        local = self._staged(platform) if self.partition.stage > 1 else self._single(platform)
         if not manual:
             return local
         return jax.shard_map(
@@ -289,7 +292,21 @@ class Program:
 
         return place
 
+    def _vocabulary(self, platform: str) -> tuple[Lookup, Callable[..., Any]]:
+        """Returns how tokens are embedded and how they are picked."""
+        sizes, manual = self.partition.axes, self.partition.manual_axes
+        axes = self.partition.rules.axes_of("vocab", self.phase)
+        axes = tuple(a for a in axes if sizes[a] > 1)
+        inner = tuple(a for a in axes if a not in manual)
+        # See Pipeline.wide_sums.
+        wide = platform == "cpu"
+        return (
+            functools.partial(vocab.lookup, axes=axes, inner=inner, wide=wide),
+            functools.partial(vocab.sample, axes=axes, inner=inner),
+        )
+
     def _staged(self, platform: str) -> Callable[..., Any]:
+        lookup, sample = self._vocabulary(platform)
         pipeline = Pipeline(
             config=self.layout.model,
             stages=self.partition.stage,
@@ -297,16 +314,22 @@ class Program:
             micro_batches=self.prefill_micro_batches,
             layers=self.layers,
             place=self._place(),
+            lookup=lookup,
+            sample=sample,
             with_logits=self.with_logits,
             wide_sums=platform == "cpu",
         )
         return pipeline.prefill if self.phase == "prefill" else pipeline.decode
 
-    def _single(self) -> Callable[..., Any]:
-        return self._single_prefill if self.phase == "prefill" else self._single_decode
+    def _single(self, platform: str) -> Callable[..., Any]:
+        lookup, sample = self._vocabulary(platform)
+        whole = self._prefill_whole if self.phase == "prefill" else self._decode_whole
+        return functools.partial(whole, lookup, sample)
 
-    def _single_prefill(
+    def _prefill_whole(
         self,
+        lookup: Lookup,
+        sample: Callable[..., Any],
         params: Params,
         state: State,
         prompts: jax.Array,
@@ -318,10 +341,9 @@ class Program:
 
         def read(cache: Any, item: tuple[jax.Array, ...], row: Any) -> tuple[Any, Any]:
             cache, logits = decode_lib.prefill(
-                config, params, cache, *item, place=place, row=row
+                config, params, cache, *item, place=place, lookup=lookup, row=row
             )
-            extra = logits if self.with_logits else ()
-            return cache, (decode_lib.greedy(logits), extra)
+            return cache, (sample(logits), logits if self.with_logits else ())
 
         items = (prompts,) if lengths is None else (prompts, lengths)
         if count == 1:
@@ -348,7 +370,13 @@ class Program:
         )
         return state, logits
 
-    def _single_decode(self, params: Params, state: State) -> tuple[State, Any]:
+    def _decode_whole(
+        self,
+        lookup: Lookup,
+        sample: Callable[..., Any],
+        params: Params,
+        state: State,
+    ) -> tuple[State, Any]:
         cache, logits = decode_lib.decode_step(
             self.layout.model,
             params,
@@ -356,10 +384,11 @@ class Program:
             state.tokens,
             state.position,
             place=self._place(),
+            lookup=lookup,
         )
         state = state._replace(
             cache=cache,
-            tokens=decode_lib.greedy(logits),
+            tokens=sample(logits),
             position=state.position + 1,
             round=state.round + 1,
         )
