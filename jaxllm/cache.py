@@ -98,4 +98,3 @@ class CacheLayer:
         if self.keep is not None:
             update = jnp.where(self.keep, stack[where], update)
         return stack.at[where].set(update)
-

@@ -157,14 +157,21 @@ def param_axes(config: ModelConfig) -> Params:
 
 def init_params(config: ModelConfig, dtype: DTypeLike, seed: int = 0) -> Params:
     """Returns random parameters, blocks unrolled. Traceable: `jax.eval_shape` it."""
-    rngs = nnx.Rngs(seed)
 
-    def make(kind: type[nnx.Module]) -> Tree:
-        state = nnx.state(kind(config, dtype=dtype, rngs=rngs))
+    def make(kind: type[nnx.Module], key: Array) -> Tree:
+        state = nnx.state(kind(config, dtype=dtype, rngs=nnx.Rngs(key)))
         return _as_tree({path: leaf[...] for path, leaf in nnx.to_flat_state(state)})
 
+    ends_key, blocks_key = jax.random.split(jax.random.key(seed))
+    # One traced block for all layers: tracing and compiling L of them takes minutes.
+    keys = jax.random.split(blocks_key, config.num_layers)
+    stacked = jax.vmap(functools.partial(make, Block))(keys)
     return Params(
-        ends=make(Ends), blocks=tuple(make(Block) for _ in range(config.num_layers))
+        ends=make(Ends, ends_key),
+        blocks=tuple(
+            jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
+            for i in range(config.num_layers)
+        ),
     )
 
 

@@ -9,7 +9,6 @@ nothing to the residual stream.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -232,25 +231,30 @@ class Layout:
 
     def zeros(self, named: Tree, mesh: Mesh) -> Tree:
         """Returns zero arrays on the devices of `mesh`."""
-        return self._create(
-            lambda: jax.tree.map(
+
+        def make() -> Tree:
+            return jax.tree.map(
                 lambda n: jnp.zeros(n.shape, n.dtype), named, is_leaf=_is_named
-            ),
-            named,
-            mesh,
-        )
+            )
+
+        return jax.jit(make, out_shardings=self._shardings(named, mesh))()
+
+    def place_params(self, params: Params, mesh: Mesh) -> Params:
+        """Returns unrolled parameters of the published model, arranged on `mesh`."""
+        shardings = self._shardings(self.named_params(), mesh)
+        return jax.jit(self.arrange, out_shardings=shardings)(params)
 
     def random_params(self, mesh: Mesh, seed: int = 0) -> Params:
-        """Returns random parameters on the devices of `mesh`, made where they lie."""
-        return self._create(
-            lambda: self.arrange(init_params(self.config, self.dtype, seed)),
-            self.named_params(),
-            mesh,
-        )
+        """Returns random parameters, made on the devices of `mesh` where they lie."""
+        shardings = self._shardings(self.named_params(), mesh)
 
-    def _create(self, make: Callable[[], Tree], named: Tree, mesh: Mesh) -> Tree:
-        shardings = jax.tree.map(lambda a: a.sharding, self.abstract(named, mesh))
+        def make() -> Params:
+            return self.arrange(init_params(self.config, self.dtype, seed))
+
         return jax.jit(make, out_shardings=shardings)()
+
+    def _shardings(self, named: Tree, mesh: Mesh) -> Tree:
+        return jax.tree.map(lambda a: a.sharding, self.abstract(named, mesh))
 
 
 def _repeat_kv_heads(block: Tree, config: ModelConfig, repeat: int) -> Tree:
