@@ -5,7 +5,6 @@ import dataclasses
 import pathlib
 import re
 import shlex
-from typing import Any
 
 import pytest
 
@@ -123,11 +122,10 @@ def test_the_demo_uses_flags_that_exist() -> None:
     assert asked <= _flags(ROOT / "experiments/tradeoff.py")
 
 
-def test_a_partition_of_your_own_is_ten_lines() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", _page("docs/partitions.md"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["partition"].rules.table["vocab"] == ()
+@pytest.mark.parametrize("page", ["docs/partitions.md", "docs/ledger.md"])
+def test_example_runs(page: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", _page(page), re.DOTALL)
+    exec(code, {"__name__": page})
 
 
 @_each_page()
