@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from sharding.hlo.groups import AxisNamer, Groups, parse_groups
+from sharding.hlo.groups import AxisNamer, Groups, largest_chain, parse_groups
 from sharding.hlo.opcodes import COLLECTIVES, base_opcode
 from sharding.hlo.reader import Computation, Instruction, Module
 
@@ -97,7 +97,7 @@ class CollectiveFinder:
         if opcode == "ragged-all-to-all":
             operands = operands[:1]
         payload = sum(shape.num_bytes for shape in operands)
-        if kind in ("permute", "broadcast") and opcode == "collective-permute":
+        if opcode == "collective-permute":
             pairs = self._groups(instruction, "source_target_pairs")
             pairs = tuple(p for p in pairs if p[0] != p[1])
             return Found(
@@ -105,7 +105,7 @@ class CollectiveFinder:
                 kind=kind,
                 payload_bytes=payload,
                 wire_bytes=payload if pairs else 0,
-                group_size=len({i for p in pairs for i in p}) if pairs else 1,
+                group_size=largest_chain(pairs),
                 instruction=instruction,
             )
         groups = self._groups(instruction, "replica_groups")

@@ -13,20 +13,21 @@ from sharding.hlo.reader import Instruction
 from sharding.hlo.shapes import Shape
 from sharding.hlo.windows import convolution_products
 
-# Annotations and aliases: nothing runs.
+# Annotations, aliases and ids: nothing runs.
 FREE_TARGETS = frozenset([
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
-    "AsyncCollectiveStart", "ConcatBitcast", "GetSharding", "LayoutConstraint",
-    "SPMDFullToShardShape", "SPMDShardToFullShape", "ShardBarrierFrom",
-    "ShardBarrierTo", "Sharding", "annotate_device_placement",
-    "xla.sdy.FuncResultSharding", "xla.sdy.GlobalToLocalShape",
-    "xla.sdy.LocalToGlobalShape", "xla_ffi_python_cpu_callback_token",
+    "AsyncCollectiveStart", "ConcatBitcast", "DeviceId", "GetSharding",
+    "LayoutConstraint", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "ShardBarrierFrom", "ShardBarrierTo", "Sharding", "SliceId",
+    "annotate_device_placement", "xla.sdy.FuncResultSharding",
+    "xla.sdy.GlobalToLocalShape", "xla.sdy.LocalToGlobalShape",
 ])  # fmt: skip
 
 # Bytes move, nothing is computed.
 MOVE_TARGETS = frozenset([
-    "MoveToDevice", "MoveToHost", "PadToStatic", "PinToDevice", "PinToDeviceSram",
-    "PinToHost", "SliceToDynamic", "X64Combine", "X64SplitHigh", "X64SplitLow",
+    "GatherScatterIndicesBitpacked", "MoveToDevice", "MoveToHost", "PadRealToStatic",
+    "PadToStatic", "PinToDevice", "PinToDeviceSram", "PinToHost", "SliceToDynamic",
+    "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop",
 ])  # fmt: skip
 
 _GEMM = re.compile(
@@ -39,6 +40,18 @@ _KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.tri
 def target(instruction: Instruction) -> str:
     """Returns the `custom_call_target` of a custom call."""
     return instruction.string("custom_call_target")
+
+
+def offloaded(instruction: Instruction) -> str | None:
+    """Returns the computation that a call to another core of the chip runs, or None.
+
+    TPU hands gathers and collectives to its SparseCores so, under a target that
+    names no kernel.
+    """
+    called = re.findall(r"%?([\w.\-]+)", instruction.attr("called_computations") or "")
+    if instruction.attr("async_execution_thread") is None or len(called) != 1:
+        return None
+    return called[0]
 
 
 def is_free(instruction: Instruction) -> bool:
@@ -73,7 +86,7 @@ def custom_call_flops(
         return _fmha(instruction)
     if name.startswith("__cudnn$conv"):
         return _conv(instruction, name, operands, out)
-    if name in ("TopK", "__gpu$TopK"):
+    if name in ("TopK", "__gpu$TopK", "PartialReduce"):
         depth = max(out.dims[-1].bit_length(), 1)  # n log2 k
         return operands[0].size * depth, 0
     if name in _KERNELS:

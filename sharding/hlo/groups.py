@@ -180,6 +180,15 @@ class AxisNamer:
         return self._cache[key]
 
 
+def largest_chain(pairs: Groups) -> int:
+    """Returns the most devices that pairs link into one ring or chain; 1 if none."""
+    chains: dict[int, set[int]] = {}
+    for source, target in pairs:
+        joined = chains.get(source, {source}) | chains.get(target, {target})
+        chains.update(dict.fromkeys(joined, joined))
+    return max((len(chain) for chain in chains.values()), default=1)
+
+
 def spell_groups(groups: Iterable[Iterable[int]]) -> str:
     """Returns "devices {0,3},{1,2}"."""
     return "devices " + ",".join("{" + ",".join(map(str, g)) + "}" for g in groups)

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from sharding.hlo import custom_calls
 from sharding.hlo.collectives import CollectiveFinder, Found
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.groups import AxisNamer
@@ -151,6 +152,30 @@ def read_ledger(text: str, axes: Mapping[str, int] | None = None) -> Ledger:
     return walker.ledger()
 
 
+class _Tally:
+    """What has been counted so far."""
+
+    def __init__(self) -> None:
+        self.costs: list[Cost] = []
+        self.found: list[tuple[Found, int, str, str, str]] = []
+        self.loops: list[Loop] = []
+        self.warnings: list[str] = []
+
+    def add(self, other: "_Tally") -> None:
+        self.costs += other.costs
+        self.found += other.found
+        self.loops += other.loops
+        self.warnings += other.warnings
+
+    @property
+    def weight(self) -> float:
+        """Bytes moved, FLOPs put on the same scale; compares branches."""
+        work = sum(
+            c.count * (c.hbm_bytes + c.flops / _FLOPS_PER_BYTE) for c in self.costs
+        )
+        return work + sum(count * f.wire_bytes for f, count, *_ in self.found)
+
+
 class _Walker:
     """Runs through a program as a device would, once for each loop body."""
 
@@ -165,17 +190,14 @@ class _Walker:
         )
         self._collectives = CollectiveFinder(module, namer)
         self._sources = read_sources(module)
-        self._costs: list[Cost] = []
-        self._found: list[tuple[Found, int, str, str, str]] = []
-        self._loops: list[Loop] = []
-        self._warnings: dict[str, None] = {}
+        self._tally = _Tally()
 
     def ledger(self) -> Ledger:
         return Ledger(
-            costs=tuple(self._costs),
-            collectives=_merge(self._found),
-            loops=tuple(self._loops),
-            warnings=tuple(self._warnings),
+            costs=tuple(self._tally.costs),
+            collectives=_merge(self._tally.found),
+            loops=tuple(self._tally.loops),
+            warnings=tuple(dict.fromkeys(self._tally.warnings)),
         )
 
     def walk(self, computation: Computation, scope: Scope, loop: str) -> None:
@@ -192,6 +214,10 @@ class _Walker:
                 name = instruction.called("to_apply") or instruction.called("calls")
                 called = self._module.computation(name, instruction)
                 self._enter(called, instruction.operands, computation, scope, loop)
+            elif opcode == "custom-call" and (
+                name := custom_calls.offloaded(instruction)
+            ):
+                self.walk(self._module.computation(name, instruction), scope, loop)
             elif opcode in TRANSFERS:
                 self._transfer(instruction)
             elif opcode and opcode not in FREE:
@@ -206,12 +232,12 @@ class _Walker:
                 op_name, source = self._sources.of(found.instruction)
                 if not op_name:
                     op_name, source = self._sources.of(instruction)
-                self._found.append((found, count, op_name, source, loop))
+                self._tally.found.append((found, count, op_name, source, loop))
         flops = self._flops.of(instruction, computation)
         hbm_bytes = self._traffic.of(instruction, computation)
         if flops.total or hbm_bytes:
             op_name, source = self._sources.of(instruction)
-            self._costs.append(
+            self._tally.costs.append(
                 Cost(
                     name=instruction.name,
                     opcode=instruction.opcode,
@@ -253,9 +279,9 @@ class _Walker:
             executions=body.count,
             enclosing=loop,
         )
-        self._loops.append(record)
+        self._tally.loops.append(record)
         if trips is None:
-            self._warn(
+            self._tally.warnings.append(
                 f"{instruction.name} runs a data-dependent number of times;"
                 " its body is counted once."
             )
@@ -281,25 +307,17 @@ class _Walker:
         ]
         if not names:
             raise ValueError(f"conditional without branches: {instruction}")
-        trials: list[tuple[float, _Walker]] = []
+        outer, branches = self._tally, []
         for index, name in enumerate(names):
-            trial = _Walker.__new__(_Walker)
-            trial.__dict__.update(self.__dict__)
-            trial._costs, trial._found, trial._loops = [], [], []
+            self._tally = _Tally()
             branch = self._module.computation(name, instruction)
             operand = instruction.operands[1 + index : 2 + index]
-            trial._enter(branch, operand, computation, scope, loop)
-            weight = sum(
-                c.count * (c.hbm_bytes + c.flops / _FLOPS_PER_BYTE)
-                for c in trial._costs
-            ) + sum(count * f.wire_bytes for f, count, *_ in trial._found)
-            trials.append((weight, trial))
-        best = max(trials, key=lambda pair: pair[0])[1]
-        self._costs += best._costs
-        self._found += best._found
-        self._loops += best._loops
-        if len({weight for weight, _ in trials}) > 1:
-            self._warn(
+            self._enter(branch, operand, computation, scope, loop)
+            branches.append(self._tally)
+        self._tally = outer
+        self._tally.add(max(branches, key=lambda branch: branch.weight))
+        if len({branch.weight for branch in branches}) > 1:
+            self._tally.warnings.append(
                 f"{instruction.name} is a conditional; its costliest branch is counted."
             )
 
@@ -308,9 +326,6 @@ class _Walker:
             raise ValueError(
                 f"point-to-point send and recv are not costed yet: {instruction}"
             )
-
-    def _warn(self, text: str) -> None:
-        self._warnings[text] = None
 
 
 def _merge(found: Iterable[tuple[Found, int, str, str, str]]) -> tuple[Collective, ...]:
