@@ -4,8 +4,11 @@ Both keep grouped queries grouped: keys and values are never repeated. Scores an
 softmax are float32, whatever the inputs are.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +20,22 @@ BLOCK = 512
 _MASKED = -1e30  # Finite: the maximum of a fully masked row must not be -inf.
 
 
+def blocks_of(seq_len: int, most: int = BLOCK) -> tuple[int, int]:
+    """Returns into how many blocks a prompt is cut, and positions in each.
+
+    Blocks are equal, at most `most` long (give or take rounding up to a multiple of
+    8), and cover the prompt; the last may reach past its end.
+
+    Example:
+      >>> blocks_of(2048), blocks_of(9428), blocks_of(100)
+      ((4, 512), (19, 504), (1, 100))
+    """
+    count = math.ceil(seq_len / most)
+    if count == 1:
+        return 1, seq_len
+    return count, math.ceil(seq_len / count / 8) * 8
+
+
 def causal_attention(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
@@ -26,78 +45,64 @@ def causal_attention(
 ) -> Float[Array, "B T K G H"]:
     """Returns causal attention of a prompt over itself, without T x T scores.
 
-    Queries are taken a block at a time; for each, a loop over the blocks of keys at
-    or before it keeps a running maximum, sum and output (Milakov & Gimelshein 2018,
-    arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Blocks after the query
-    block are never computed, so the work is T (T + block) / 2 scores a head. A last
-    block that is not full is computed at its own size.
+    One loop runs over the pairs of a query block and a key block at or before it,
+    and keeps the running maximum, sum and output of the query block (Milakov &
+    Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). With n
+    blocks of b positions, n (n + 1) / 2 pairs of b x b scores are computed a head;
+    pairs above the diagonal are never visited.
     """
-    seq_len = q.shape[1]
-    scale = q.shape[-1] ** -0.5
-    out = []
-    for start in range(0, seq_len, block):
-        stop = min(start + block, seq_len)
-        q_block = q[:, start:stop]
-        # The block on the diagonal is masked; those before it are not.
-        inside = jnp.tril(jnp.ones((stop - start, stop - start), bool))
-        state = _first_block(q_block, k[:, start:stop], v[:, start:stop], inside, scale)
-        if start:
-            state = _earlier_blocks(state, q_block, k, v, start // block, block, scale)
-        _, total, acc = state
-        out.append((acc / total[..., None]).astype(q.dtype))
-    # B K G T H back to B T K G H.
-    return jnp.concatenate([jnp.moveaxis(o, 3, 1) for o in out], axis=1)
-
-
-def _scores(q: Array, k: Array, scale: float) -> Float[Array, "B K G t s"]:
-    scores = jnp.einsum("BtKGH,BsKH->BKGts", q, k, preferred_element_type=jnp.float32)
-    return scores * scale
-
-
-def _weighted(weights: Array, v: Array) -> Float[Array, "B K G t H"]:
-    return jnp.einsum(
-        "BKGts,BsKH->BKGtH",
-        weights.astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
+    seq_len, scale = q.shape[1], q.shape[-1] ** -0.5
+    count, size = blocks_of(seq_len, block)
+    # Padding stands behind every query, so the causal mask hides it.
+    q, k, v = (_pad_to(x, count * size) for x in (q, k, v))
+    batch, _, heads, group, width = q.shape
+    rows = (batch, heads, group, size)
+    state = (
+        jnp.full(rows, _MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, width), jnp.float32),
+        jnp.zeros_like(q),
     )
+    pairs = np.array([(i, j) for i in range(count) for j in range(i + 1)], np.int32)
 
-
-def _first_block(
-    q: Array, k: Array, v: Array, inside: Array, scale: float
-) -> tuple[Array, Array, Array]:
-    scores = _scores(q, k, scale)
-    scores = jnp.where(inside[None, None, None], scores, _MASKED)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    return top, jnp.sum(weights, axis=-1), _weighted(weights, v)
-
-
-def _earlier_blocks(
-    state: tuple[Array, Array, Array],
-    q: Array,
-    k: Array,
-    v: Array,
-    count: int,
-    block: int,
-    scale: float,
-) -> tuple[Array, Array, Array]:
-    def step(
-        state: tuple[Array, Array, Array], i: Array
-    ) -> tuple[tuple[Array, Array, Array], None]:
-        top, total, acc = state
-        k_block = lax.dynamic_slice_in_dim(k, i * block, block, axis=1)
-        v_block = lax.dynamic_slice_in_dim(v, i * block, block, axis=1)
-        scores = _scores(q, k_block, scale)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        shrink = jnp.exp(top - new_top)
-        weights = jnp.exp(scores - new_top[..., None])
+    def step(state: tuple[Array, ...], pair: Array) -> tuple[tuple[Array, ...], None]:
+        top, total, acc, out = state
+        i, j = pair[0], pair[1]
+        q_block = lax.dynamic_slice_in_dim(q, i * size, size, axis=1)
+        k_block = lax.dynamic_slice_in_dim(k, j * size, size, axis=1)
+        v_block = lax.dynamic_slice_in_dim(v, j * size, size, axis=1)
+        scores = scale * jnp.einsum(
+            "BtKGH,BsKH->BKGts", q_block, k_block, preferred_element_type=jnp.float32
+        )
+        at = jnp.arange(size)
+        seen = (i * size + at)[:, None] >= (j * size + at)[None, :]
+        scores = jnp.where(seen[None, None, None], scores, _MASKED)
+        first = j == 0
+        old_top = jnp.where(first, _MASKED, top)
+        top = jnp.maximum(old_top, jnp.max(scores, axis=-1))
+        shrink = jnp.where(first, 0.0, jnp.exp(old_top - top))
+        weights = jnp.exp(scores - top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-        acc = acc * shrink[..., None] + _weighted(weights, v_block)
-        return (new_top, total, acc), None
+        acc = acc * shrink[..., None] + jnp.einsum(
+            "BKGts,BsKH->BKGtH",
+            weights.astype(v.dtype),
+            v_block,
+            preferred_element_type=jnp.float32,
+        )
+        # Written for every pair; the last of a query block is the one that stays.
+        done = jnp.moveaxis((acc / total[..., None]).astype(q.dtype), 3, 1)
+        out = lax.dynamic_update_slice_in_dim(out, done, i * size, axis=1)
+        return (top, total, acc, out), None
 
-    state, _ = lax.scan(step, state, jnp.arange(count))
-    return state
+    with jax.named_scope("causal_attention"):
+        (_, _, _, out), _ = lax.scan(step, state, pairs)
+    return out[:, :seq_len]
+
+
+def _pad_to(x: Array, length: int) -> Array:
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, length - x.shape[1])
+    return jnp.pad(x, pad)
 
 
 def decode_attention(

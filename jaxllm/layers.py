@@ -137,7 +137,10 @@ class Attention(nnx.Module):
         self, heads: Float[Array, "B T K G H"], place: Place = anywhere
     ) -> Float[Array, "B T D"]:
         heads = place(heads, ("batch", "seq", "heads", None, "head_dim"))
-        return jnp.einsum("BTKGH,KGHD->BTD", heads, self.w_out[...])
+        # One contracted dimension: with three, XLA transposes the weight, not `heads`.
+        flat = heads.reshape(*heads.shape[:2], -1)
+        weight = self.w_out[...].reshape(flat.shape[-1], -1)
+        return jnp.einsum("BTN,ND->BTD", flat, weight)
 
 
 class MLP(nnx.Module):

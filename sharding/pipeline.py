@@ -13,7 +13,7 @@ started it, the others early in the next call. A batch smaller than S is one gro
 that walks through the stages, G = 1.
 
 The cache of group g lies in slot (g + s) mod G of stage s, so that at tick t every
-stage reads slot t mod G: the place is known when compiling.
+stage reads slot t mod G, which depends on the tick alone.
 
 Embedding and head are split over stages by vocabulary, so no stage is larger than
 another; that costs a sum of B D over the stage axis on the way in and on the way out.
@@ -31,7 +31,7 @@ from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.decode import Lookup, last_position, prompt_attend, token_attend
 from jaxllm.layers import Place, angles_at
-from jaxllm.model import Layers, Params, Tree, bind_ends, run_blocks
+from jaxllm.model import Params, Tree, bind_ends, run_blocks
 from sharding.layout import State
 
 _AXIS = "stage"
@@ -46,7 +46,6 @@ class Pipeline:
       stages: S.
       groups: G in flight while decoding, S or 1.
       micro_batches: M of prefill; a multiple of G.
-      layers: unrolled or scanned; ticks of decode likewise.
       place: pins activations over the axes that the compiler handles.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits.
@@ -60,7 +59,6 @@ class Pipeline:
     stages: int
     groups: int
     micro_batches: int
-    layers: Layers
     place: Place
     lookup: Lookup
     sample: Callable[[jax.Array], jax.Array]
@@ -164,7 +162,7 @@ class Pipeline:
     ) -> tuple[Tree, jax.Array, jax.Array, Any]:
         stage = lax.axis_index(_AXIS)
 
-        def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array | int):
+        def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array):
             cache, tokens, hidden = carry
             fed = self._embed(ends, tokens[t][:, None])[:, 0]
             x = jnp.where(stage == 0, fed, hidden)
@@ -181,15 +179,8 @@ class Pipeline:
             return (cache, tokens, self._pass_on(x)), self._all_logits(logits)
 
         carry = (cache, tokens, hidden)
-        if self.layers == "scanned":
+        with jax.named_scope("ticks"):
             carry, logits = lax.scan(tick, carry, jnp.arange(self.stages))
-        else:
-            every = []
-            for t in range(self.stages):
-                with jax.named_scope(f"tick_{t}"):
-                    carry, one = tick(carry, t)
-                every.append(one)
-            logits = jax.tree.map(lambda *x: jnp.stack(x), *every)
         if self.with_logits:
             # Tick t finished group t + 1: bring the groups into order.
             logits = jnp.roll(logits, 1, axis=0).reshape(-1, logits.shape[-1])
@@ -207,20 +198,15 @@ class Pipeline:
         stage = lax.axis_index(_AXIS)
         fed = self._embed(ends, tokens[0][:, None])[:, 0]
 
-        def tick(carry: tuple[Tree, jax.Array], t: jax.Array | int):
+        def tick(carry: tuple[Tree, jax.Array], t: jax.Array):
             cache, x = carry
             x, cache = self._step(blocks, cache, x, state.position, 0, stage != t)
             return (cache, self._pass_on(x)), x
 
         carry = (cache, fed)
-        if self.layers == "scanned":
+        with jax.named_scope("ticks"):
             carry, every = lax.scan(tick, carry, jnp.arange(self.stages))
-            last = every[-1]
-        else:
-            last = fed
-            for t in range(self.stages):
-                with jax.named_scope(f"tick_{t}"):
-                    carry, last = tick(carry, t)
+        last = every[-1]
         logits = self._logits(ends, self._from_last_stage(last))
         token = self.sample(logits)[None]
         return carry[0], token, hidden, self._all_logits(logits)

@@ -214,7 +214,7 @@ class Program:
         )
         start = time.perf_counter()
         mesh = make_mesh(target.mesh_devices(self.partition.shape))
-        executable = self.lower(mesh).compile()
+        executable = self.lower(mesh).compile(target.compiler_options)
         compile_s = time.perf_counter() - start
         stats = executable.memory_analysis()
         if stats is None:
@@ -312,7 +312,6 @@ class Program:
             stages=self.partition.stage,
             groups=self.layout.groups,
             micro_batches=self.prefill_micro_batches,
-            layers=self.layers,
             place=self._place(),
             lookup=lookup,
             sample=sample,
