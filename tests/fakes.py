@@ -13,7 +13,6 @@ from experiments.report.record import (
     Record,
     TimeParts,
     metrics,
-    no_metrics,
 )
 
 PARTITIONS = ("tp8", "tp4_pp2", "tp2_pp4", "pp8", "dp2_tp4", "dp4_tp2", "dp8")
@@ -23,13 +22,23 @@ _CHIPS = {
     "h100": (989e12, 3.35e12, 80e9, 450e9, 9e-6),
     "v5p": (459e12, 2.765e12, 95e9, 180e9, 3e-6),
 }
+MADE = Provenance(
+    commit="0" * 40,
+    dirty=False,
+    python="3.11.0",
+    versions={"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.40"},
+    flags={"XLA_FLAGS": ""},
+    command="made up by tests/fakes.py",
+    time="2026-01-01T00:00:00Z",
+)
 
 
 def point(**changes) -> Point:
     """Returns a point, tp8 of 70B on h100:8 at batch 16 unless changed."""
     fields: dict = dict(
         model="llama-3.1-70b", target="h100:8", chip="h100", partition="tp8",
-        rules="megatron", dtype="bf16", batch_size=16, input_len=2048, output_len=128,
+        num_chips=8, num_devices=8, rules="megatron", dtype="bfloat16",
+        batch_size=16, input_len=2048, output_len=128,
         layers="unrolled", context={"code": "0123456789abcdef", "jax": "0.10.2"},
     )  # fmt: skip
     return Point(**{**fields, **changes})
@@ -50,44 +59,49 @@ def evaluate(p: Point) -> Record:
     degrees |= {part[:2]: int(part[2:]) for part in p.partition.split("_")}
     tp, pp, dp = degrees["tp"], degrees["pp"], degrees["dp"]
     if p.batch_size % dp:
-        return _no(p, "refused", f"cannot split batch={p.batch_size} into {dp} over"
-                   " mesh axes ('data',): not divisible. Use a multiple, or less data"
-                   " parallelism.")  # fmt: skip
+        reason = f"cannot split batch={p.batch_size} over data={dp}: not divisible."
+        return Record.of(p, MADE, status="refused", reason=reason)
     micro = min(p.batch_size // dp, 2 * pp) if pp > 1 else 1
     prefill = _phase(p, tp, pp, dp, p.input_len, micro + pp - 1, micro)
     decode = _phase(p, tp, pp, dp, 1, pp, pp)
     needed = max(prefill[0].memory.peak_bytes, decode[0].memory.peak_bytes)
     available = int(_CHIPS[p.chip][2])
     if needed > available:
-        return _no(
+        return Record.of(
             p,
-            "does not fit",
-            "weights 141 GB are whole on every replica.",
+            MADE,
+            status="does not fit",
+            reason="Weights of 141 GB are whole on every replica.",
             needed_bytes=needed,
             available_bytes=available,
             prefill=prefill[0],
             decode=decode[0],
         )
-    return Record(
-        **_inputs(p),
+    times = metrics(
+        ttft_parts_s=prefill[1],
+        tpot_parts_s=decode[1],
+        batch_size=p.batch_size,
+        output_len=p.output_len,
+        num_chips=8,
+    )
+    return Record.of(
+        p,
+        MADE,
         status="ok",
-        fits=True,
-        reason=None,
         micro_batches=micro,
         needed_bytes=needed,
         available_bytes=available,
         ttft_limit_s=prefill[2],
         tpot_limit_s=decode[2],
-        **metrics(
-            ttft_parts_s=prefill[1],
-            tpot_parts_s=decode[1],
-            batch_size=p.batch_size,
-            output_len=p.output_len,
-            num_chips=8,
-        ),
         prefill=prefill[0],
         decode=decode[0],
+        **times,
     )
+
+
+def failed(p: Point, reason: str) -> Record:
+    """Returns the record of a point whose evaluation broke."""
+    return Record.of(p, MADE, status="failed", reason=reason)
 
 
 def _phase(
@@ -121,6 +135,7 @@ def _phase(
     limit_s = max(flops / peak, (weights + kv) / bandwidth)
     activations = sequences * tokens / busy * _WIDTH * 2 * 9 / tp + 2e8
     phase = PhaseRecord(
+        layers="unrolled",
         flops=int(flops * 1.004),
         hbm_bytes=int(hbm * 1.04),
         collectives=tuple(rows),
@@ -158,46 +173,3 @@ def _row(
         group_size=n,
         source=source,
     )
-
-
-def _inputs(p: Point) -> dict:
-    names = (
-        "key", "model", "target", "chip", "partition", "rules", "dtype", "layers",
-        "batch_size", "input_len", "output_len", "context",
-    )  # fmt: skip
-    provenance = Provenance(
-        commit="0" * 40,
-        dirty=False,
-        python="3.11.0",
-        versions={"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.40"},
-        flags={"XLA_FLAGS": ""},
-        command="made up by tests/fakes.py",
-        time="2026-01-01T00:00:00Z",
-    )
-    return dict(
-        {name: getattr(p, name) for name in names},
-        origin="compiled",
-        num_chips=8,
-        num_devices=8,
-        provenance=provenance,
-    )
-
-
-def _no(p: Point, status: str, reason: str, **known) -> Record:
-    nothing = dict(
-        micro_batches=None, needed_bytes=None, available_bytes=None, ttft_limit_s=None,
-        tpot_limit_s=None, prefill=None, decode=None,
-    )  # fmt: skip
-    return Record(
-        **_inputs(p),
-        status=status,
-        fits=None if status == "failed" else False,
-        reason=reason,
-        **no_metrics(),
-        **(nothing | known),
-    )
-
-
-def failed(p: Point, reason: str) -> Record:
-    """Returns the record of a point whose evaluation broke."""
-    return _no(p, "failed", reason)

@@ -53,7 +53,7 @@ def time_colours(questions: Sequence[Question]) -> dict[str, str]:
         if parts is not None
         for name, _ in parts.items()
     }
-    links = sorted(name for name in found if name.startswith("link "))
+    links = sorted(name for name in found if name.endswith(" links"))
     link_colours = {n: _LINKS[i % len(_LINKS)] for i, n in enumerate(links)}
     every = {"compute": "", "hbm": "", **link_colours, "overhead": "", "bubble": ""}
     return {name: {**_TIMES, **link_colours}[name] for name in every}
@@ -273,7 +273,7 @@ def _log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
         title=title,
         type="log",
         tickvals=shown,
-        ticktext=[units.digits(t) for t in shown],
+        ticktext=[units.tick(t) for t in shown],
     )
 
 
@@ -326,7 +326,7 @@ def _bars(figure: go.Figure, rows: int, unit: str, end: float) -> dict[str, Any]
 
 
 def _finish(figure: go.Figure, **layout: Any) -> dict[str, Any]:
-    axis = dict(
+    axis: dict[str, Any] = dict(
         gridcolor=_GRID, linecolor="#bbbbbb", zeroline=False, automargin=True,
         title_font_size=13, title_standoff=10,
     )  # fmt: skip

@@ -13,6 +13,14 @@ class Objective:
     ttft_s: float | None = None
     tpot_s: float | None = None
 
+    @classmethod
+    def of_ms(cls, *, ttft_ms: float | None, tpot_ms: float | None) -> "Objective":
+        """Returns the objective written in milliseconds, as on the command line."""
+        return cls(
+            ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
+            tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
+        )
+
     @property
     def given(self) -> bool:
         return self.ttft_s is not None or self.tpot_s is not None

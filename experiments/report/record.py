@@ -39,7 +39,9 @@ class Point:
       chip: whose rates cost the program, e.g. "h100".
       partition: e.g. "tp4_pp2".
       rules: name of the rule table.
-      layers: "unrolled" or "scanned".
+      num_chips: of the target.
+      num_devices: JAX devices of the target; a chip may show two.
+      layers: "unrolled", "scanned", or "auto" where each phase has its own.
       context: digests and versions of everything else that determines the answer
         (code, model config, chip file, jax, plugins, compiler flags). Two points
         that differ only here are never mixed in one report.
@@ -48,13 +50,15 @@ class Point:
     model: str
     target: str
     chip: str
+    num_chips: int
+    num_devices: int
     partition: str
     rules: str
     dtype: str
+    layers: str
     batch_size: int
     input_len: int
     output_len: int
-    layers: str
     context: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -87,7 +91,7 @@ class TimeParts:
 
     def items(self) -> list[tuple[str, float]]:
         """Returns (part, seconds), every link axis being its own part."""
-        links = [(f"link {axis}", s) for axis, s in self.links.items()]
+        links = [(f"{axis} links", s) for axis, s in self.links.items()]
         return [
             ("compute", self.compute),
             ("hbm", self.hbm),
@@ -159,6 +163,7 @@ class PhaseRecord:
     """One phase's program, of one device for one call.
 
     Attributes:
+      layers: "unrolled" or "scanned".
       flops: from the optimised HLO, loops multiplied by their trip counts.
       closed_form_flops: what the formula says, for comparison.
       xla_flops: what XLA itself reports; null where it reports nothing.
@@ -169,6 +174,7 @@ class PhaseRecord:
       mbu: bytes the model must move / (time * bandwidth), as a fraction.
     """
 
+    layers: str
     flops: int
     hbm_bytes: int
     collectives: tuple[CollectiveRow, ...]
@@ -222,6 +228,7 @@ class Record:
     batch_size: int
     input_len: int
     output_len: int
+    context: Mapping[str, str]
     micro_batches: int | None
     fits: bool | None
     reason: str | None
@@ -240,7 +247,6 @@ class Record:
     tpot_parts_s: TimeParts | None
     prefill: PhaseRecord | None
     decode: PhaseRecord | None
-    context: Mapping[str, str]
     provenance: Provenance
 
     def __post_init__(self) -> None:
@@ -286,6 +292,41 @@ class Record:
                     f" reason={self.reason!r}; it needs a reason and no metric."
                 )
         _refuse_bad_numbers(self, where)
+
+    @classmethod
+    def of(
+        cls,
+        point: Point,
+        provenance: Provenance,
+        *,
+        status: str,
+        reason: str | None = None,
+        origin: str = "compiled",
+        **answer: Any,
+    ) -> Self:
+        """Returns the record of `point`; figures not in `answer` are null.
+
+        Example:
+          >>> point = Point(model="m", target="cpu:1", chip="cpu", num_chips=1,
+          ...               num_devices=1, partition="tp1", rules="megatron",
+          ...               dtype="bfloat16", layers="scanned", batch_size=3,
+          ...               input_len=5, output_len=7)
+          >>> made = Provenance(commit="0", dirty=False, python="3", versions={},
+          ...                   flags={}, command="", time="")
+          >>> Record.of(point, made, status="refused", reason="as it must be").fits
+          False
+        """
+        question = {f.name: getattr(point, f.name) for f in dataclasses.fields(point)}
+        fits = {"ok": True, "failed": None}.get(status, False)
+        return cls(
+            key=point.key,
+            status=status,
+            fits=fits,
+            reason=reason,
+            origin=origin,
+            provenance=provenance,
+            **{**question, **dict.fromkeys(_FIGURES), **answer},
+        )
 
     def require(self, name: str) -> float:
         """Returns the figure called `name`, which this record must have."""
@@ -364,11 +405,6 @@ def metrics(
     )
 
 
-def no_metrics() -> dict[str, None]:
-    """Returns the fields of `metrics`, all null, for a point that has none."""
-    return dict.fromkeys(_METRICS)
-
-
 def digest(text: str) -> str:
     """Returns 16 hexadecimal digits that identify `text`."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -395,7 +431,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         if hints.keys() != value.keys():
             raise ValueError(
-                f"{where} must have each field of {kind.__name__} once; missing or"
+                f"{where} must have each of its fields once; missing or"
                 f" unknown: {', '.join(sorted(hints.keys() ^ value.keys()))}."
             )
         fields = {n: _decode(hints[n], v, f"{where}.{n}") for n, v in value.items()}

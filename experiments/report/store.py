@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from experiments.report.record import Record
+from experiments.report.record import Point, Record
 
 FILE_NAME = "results.jsonl"
 
@@ -72,6 +72,11 @@ class Store:
             data = (folder / FILE_NAME).read_bytes()
             self._file.truncate(data.rfind(b"\n") + 1 if size else 0)
         self.records = newest(records)
+
+    def lacks(self, point: Point) -> bool:
+        """Whether `point` has no record yet, or one of a failure to be tried again."""
+        record = self.records.get(point.key)
+        return record is None or record.status == "failed"
 
     def append(self, record: Record) -> None:
         """Writes one record; it is on disk when this returns."""

@@ -184,9 +184,9 @@ def markdown_report(
 ) -> str:
     """Returns the whole report as Markdown: answers, tables, definitions."""
     out = ["# How should the accelerators share the model?", ""]
-    out += [f"> {note}\n" for note in notes]
+    out += [f"> {_cell(note)}\n" for note in notes]
     for q in questions:
-        out += [f"## {words.title(q)}", ""]
+        out += [f"## {_cell(words.title(q))}", ""]
         out += [f"{_cell(words.headline(q))} {words.outcome(q)}.", ""]
         out += [f"- **{k}**: {_cell(v)}" for k, v in words.answers(q, objective)]
         if q.ok:

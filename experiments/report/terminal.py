@@ -3,8 +3,11 @@
 The only module here that prints, and only to the `rich.Console` it is given.
 """
 
+import itertools
 import math
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -12,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report import tables, units, words
+from experiments.report import folder, store, tables, units, words
 from experiments.report.frontier import (
     Objective,
     Question,
@@ -55,6 +58,15 @@ def show(console: Console, question: Question, objective: Objective) -> None:
         console.print(Text.assemble((f"{name}: ", "bold"), sentence))
 
 
+def show_files(console: Console, out: Path) -> None:
+    """Prints where the files are and how to see them again."""
+    console.print()
+    for name in (*folder.REPORTS, store.FILE_NAME):
+        console.print(f"  {out / name}", style="dim", highlight=False, soft_wrap=True)
+    command = shlex.join(["python", "-m", "experiments.show", f"--out={out}"])
+    console.print(Text.assemble("To see this again: ", (command, "bold")))
+
+
 def scatter(question: Question, *, width: int = 80, height: int = 18) -> list[Text]:
     """Returns a plot of tokens/s/user against tokens/s/chip, both logarithmic.
 
@@ -68,7 +80,7 @@ def scatter(question: Question, *, width: int = 80, height: int = 18) -> list[Te
     x_of = _scale([_x(r) for r in question.ok], columns)
     y_of = _scale([_y(r) for r in question.ok], rows)
     cells = [[0] * columns for _ in range(rows)]
-    for a, b in zip(best, best[1:], strict=False):
+    for a, b in itertools.pairwise(best):
         _line(cells, (x_of(_x(a)), y_of(_y(a))), (x_of(_x(b)), y_of(_y(b))))
     marks: dict[tuple[int, int], tuple[str, str]] = {}
     keys = {r.key for r in best}
@@ -83,16 +95,17 @@ def scatter(question: Question, *, width: int = 80, height: int = 18) -> list[Te
     }
     lines = [Text("tokens/s/chip", style="dim")]
     for row in range(rows):
-        name = units.digits(ticks[row]) if row in ticks else ""
+        name = units.tick(ticks[row]) if row in ticks else ""
         line = Text(f"{name:>{margin - 2}} {'┤' if row in ticks else '│'}", style="dim")
-        for column in range(columns):
-            dots = cells[row][column]
-            blank = (chr(0x2800 + dots) if dots else " ", "dim")
-            line.append(*marks.get((row, column), blank))
+        line.append("".join(chr(0x2800 + d) if d else " " for d in cells[row]))
+        for (marked, column), (letter, style) in marks.items():
+            if marked == row:
+                at = margin + column
+                line = Text.assemble(line[:at], (letter, style), line[at + 1 :])
         lines.append(line)
     axis, names = ["─"] * columns, [" "] * (columns + margin)
     for value in _ticks([_x(r) for r in question.ok]):
-        column, name = int(x_of(value) * columns), units.digits(value)
+        column, name = int(x_of(value) * columns), units.tick(value)
         start = margin + column - len(name) // 2
         if column >= columns or start + len(name) > len(names):
             continue

@@ -3,8 +3,6 @@
 Bytes are decimal (1 GB = 1e9 bytes), as chip makers and links count them.
 """
 
-import math
-
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _COUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -15,16 +13,23 @@ def digits(value: float) -> str:
 
     Example:
       >>> digits(0.012345), digits(12345), digits(99.96), digits(7)
-      ('0.0123', '12,345', '100', '7')
+      ('0.0123', '12,345', '100', '7.00')
     """
     if value == 0:
         return "0"
-    decimals = 2 - math.floor(math.log10(abs(value)))
-    value = round(value, decimals) if decimals > 0 else value
-    decimals = 2 - math.floor(math.log10(abs(value)))
-    if value == int(value) and abs(value) < 100:
-        decimals = 0
-    return f"{value:,.{max(decimals, 0)}f}"
+    # Formatting rounds first, so that 99.96 counts as 1.00e2.
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:,.{max(2 - exponent, 0)}f}"
+
+
+def tick(value: float) -> str:
+    """Returns the name of a round value on an axis.
+
+    Example:
+      >>> tick(0.5), tick(20.0), tick(5000.0)
+      ('0.5', '20', '5,000')
+    """
+    return f"{value:,.10g}"
 
 
 def seconds(value: float) -> str:

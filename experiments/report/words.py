@@ -69,11 +69,9 @@ def part_name(part: str) -> str:
     """Returns the name of a part of time, as used in sentences and legends.
 
     Example:
-      >>> part_name("hbm"), part_name("link tensor"), part_name("compute")
-      ('HBM', 'tensor links', 'compute')
+      >>> part_name("hbm"), part_name("tensor links")
+      ('HBM', 'tensor links')
     """
-    if part.startswith("link "):
-        return f"{part.removeprefix('link ')} links"
     return {"hbm": "HBM"}.get(part, part)
 
 
@@ -116,7 +114,7 @@ class Best:
 
 
 def best(question: Question, batch_size: int) -> list[Best]:
-    """Returns the best TTFT, TPOT and throughput at `batch_size`; [] if nothing fits."""
+    """Returns the best TTFT, TPOT and throughput at a batch; [] if nothing fits."""
     records = [r for r in question.records if r.batch_size == batch_size]
     ttft, tpot = least(records, "ttft_s"), least(records, "tpot_s")
     rate = most(records, "output_tokens_per_s")
@@ -165,7 +163,8 @@ def headline(question: Question) -> str:
     ttft, tpot = least(question.ok, "ttft_s"), least(question.ok, "tpot_s")
     rate = most(question.ok, "tokens_per_s_per_chip")
     if ttft is None or tpot is None or rate is None:
-        return f"On {question.target} none of {len(question.records)} points has an answer."
+        total = len(question.records)
+        return f"On {question.target} none of {total} points has an answer."
     first, step = ttft.record, tpot.record
     soonest = (
         f"{question.label(first)} gives the first token soonest"

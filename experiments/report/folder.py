@@ -1,0 +1,57 @@
+"""A folder of results and the reports in it, all made from `results.jsonl`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.report import html, store, tables
+from experiments.report.frontier import Objective, Question, questions
+from experiments.report.record import Record
+
+REPORTS = ("report.html", "report.md", "pareto.csv")
+
+
+def read(folder: Path) -> tuple[list[Record], list[str]]:
+    """Returns the records to report, and what a reader must know was left out.
+
+    Raises:
+      ValueError: there are none, or a line is not a record.
+    """
+    records, dropped = store.read_records(folder)
+    chosen, older = store.current(records)
+    if not chosen:
+        raise ValueError(
+            f"no records in {folder / store.FILE_NAME}. A report is made from a"
+            " sweep's results; run experiments.tradeoff with this --out first."
+        )
+    notes = []
+    if older:
+        notes.append(
+            f"{older} older records of these questions, made by other code, versions"
+            f" or compiler flags, are in {store.FILE_NAME} and left out here."
+        )
+    if dropped is not None:
+        notes.append(
+            f"The last line of {store.FILE_NAME} was cut off and is left out; the"
+            " same sweep does that point again."
+        )
+    return chosen, notes
+
+
+def write(folder: Path, objective: Objective) -> list[Question]:
+    """Makes every report of `folder` from its records; returns what they answer.
+
+    A report is replaced in one step, so a reader never sees half of one.
+    """
+    records, notes = read(folder)
+    asked = questions(records)
+    texts: Sequence[str] = (
+        html.page(asked, objective, notes),
+        tables.markdown_report(asked, objective, notes),
+        tables.csv_text(asked, objective),
+    )
+    for name, text in zip(REPORTS, texts, strict=True):
+        part = folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, folder / name)
+    return asked

@@ -1,0 +1,145 @@
+r"""Which partition is fastest for a user, and which gives the most tokens per chip?
+
+Compiles prefill and decode of `--model` under every partition and batch size for
+each `--target`, reads FLOPs, bytes, memory and collectives from what the compiler
+made, prices them with the chip's rates, and reports time to first token, time per
+output token and throughput. Nothing is run and no accelerator is needed.
+
+    python -m experiments.tradeoff --model=llama-3.1-70b \
+        --target=h100:8,v5p:2x2x2 --partitions=tp8,tp4_pp2,pp8,dp2_tp4 \
+        --batch_sizes=1,16,64 --input_len=2048 --output_len=128 --out=runs/demo
+
+A point that is in `--out` already is not computed again, so the same command goes
+on where a sweep was stopped, whatever stopped it.
+"""
+
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from rich.console import Console
+
+from experiments import evaluate as evaluate_lib
+from experiments.evaluate import Ask
+from experiments.report import folder, terminal
+from experiments.report.frontier import Objective, questions
+from experiments.report.store import FILE_NAME, Store
+from experiments.report.sweep import sweep
+from experiments.report.workers import Workers
+from sharding.target import prepare_environment
+from sharding.tensor import RULES
+
+_MODEL = flags.DEFINE_list(
+    "model", "llama-3.1-70b", "Presets, or paths of Hugging Face config.json."
+)
+_TARGET = flags.DEFINE_list("target", "h100:8", "What to compile for: h100:8, v5e:2x4.")
+_CHIP = flags.DEFINE_string(
+    "chip", None, "Price the programs as this chip instead of the target's own."
+)
+_PARTITIONS = flags.DEFINE_list(
+    "partitions", "all", "Such as tp8,tp4_pp2; `all` is every factorisation."
+)
+_RULES = flags.DEFINE_list("rules", "megatron", f"Rule tables: {', '.join(RULES)}.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", "1,16,64", "B, sequences.")
+_INPUT_LEN = flags.DEFINE_integer("input_len", 2048, "Prompt tokens.", lower_bound=1)
+_OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "New tokens.", lower_bound=2)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of weights and cache."
+)
+_LAYERS = flags.DEFINE_enum(
+    "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
+)
+_TTFT_MS = flags.DEFINE_float("ttft_ms", None, "Objective: longest TTFT.", 0.0)
+_TPOT_MS = flags.DEFINE_float("tpot_ms", None, "Objective: longest TPOT.", 0.0)
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "Compiles at a time; default one a core.", lower_bound=1
+)
+_OUT = flags.DEFINE_string("out", "runs/tradeoff", "Folder of results and reports.")
+
+
+def _ask() -> Ask:
+    """Returns the question on the command line.
+
+    Raises:
+      ValueError: a batch size is no number.
+    """
+    try:
+        batch_sizes = tuple(int(size) for size in _BATCH_SIZES.value)
+    except ValueError:
+        raise ValueError(
+            f"cannot read --batch_sizes={','.join(_BATCH_SIZES.value)}; it is a list of"
+            " whole numbers. Write it like 1,16,64."
+        ) from None
+    return Ask(
+        models=tuple(_MODEL.value),
+        targets=tuple(_TARGET.value),
+        chip=_CHIP.value,
+        partitions=tuple(_PARTITIONS.value),
+        rules=tuple(_RULES.value),
+        batch_sizes=batch_sizes,
+        input_len=_INPUT_LEN.value,
+        output_len=_OUTPUT_LEN.value,
+        dtype=_DTYPE.value,
+        layers=_LAYERS.value,
+    )
+
+
+def _jobs(ask: Ask) -> int:
+    if "attached" in ask.targets:
+        return 1  # attached devices belong to one process at a time
+    return _JOBS.value or os.cpu_count() or 1
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    lines = "\n".join(f"  - {text}" for text in wrong)
+    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, sweeps, and prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    console = Console()
+    out = pathlib.Path(_OUT.value)
+    objective = Objective.of_ms(ttft_ms=_TTFT_MS.value, tpot_ms=_TPOT_MS.value)
+    try:
+        ask = _ask()
+    except ValueError as error:
+        return _refuse([str(error)])
+    # JAX starts in the workers only; what they inherit is set here as well.
+    setup = functools.partial(prepare_environment, ask.targets)
+    with Workers(_jobs(ask), setup) as workers:
+        (event,) = (
+            e for e in workers.run(evaluate_lib.plan, [ask]) if e.kind != "started"
+        )
+        points, wrong = event.value or ([], [event.reason])
+        if wrong:
+            return _refuse(wrong)
+        try:
+            store = Store(out)
+        except (OSError, ValueError) as error:
+            return _refuse([str(error)])
+        with store:
+            if store.dropped is not None:
+                console.print(
+                    f"The last line of {out / FILE_NAME} was cut off; its point is"
+                    " done again."
+                )
+            try:
+                records = sweep(points, evaluate_lib.evaluate, store, workers, console)
+            except KeyboardInterrupt:
+                sys.exit(f"\nStopped. The same command goes on from what is in {out}.")
+            folder.write(out, objective)
+    for question in questions(records):
+        terminal.show(console, question, objective)
+    terminal.show_files(console, out)
+    failed = sum(record.status == "failed" for record in records)
+    if failed:
+        sys.exit(f"{failed} points failed; the same command tries them again.")
+
+
+if __name__ == "__main__":
+    app.run(main)
