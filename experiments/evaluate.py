@@ -247,7 +247,7 @@ def price(
     parts = _parts(estimate(ledger, target.chip, dtype=program.dtype, **ticks))
     device = target.chip.per_device()
     work = limits.work(program)
-    limit_s = limits.limit(work, device, dtype=program.dtype)
+    limit_s = limits.limit_s(program, target.chip)
     phase = PhaseRecord(
         layers=program.layers,
         flops=ledger.flops,

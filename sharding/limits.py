@@ -1,0 +1,161 @@
+"""Closed forms: the FLOPs a program should have, and the least time physics allows.
+
+Written from the shapes of the model and the partition alone, so they check what is
+read from compiled programs, and say how far an estimate is from what could be.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jaxllm.attention import blocks_of
+from sharding.chips import Chip
+from sharding.estimate import links_used
+from sharding.program import Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device must do in one call, and cannot avoid.
+
+    Attributes:
+      flops: multiply-adds of matrix products, times two.
+      hbm_bytes: weights and cache that must be read.
+      wire_bytes: that must be sent, by mesh axis.
+      serial: how many such shares follow each other before the call can end.
+    """
+
+    flops: float
+    hbm_bytes: float
+    wire_bytes: Mapping[str, float]
+    serial: float
+
+
+def closed_form_flops(program: Program) -> int:
+    """Returns the FLOPs that one device executes in one call of `program`.
+
+    With n tokens a tick, per layer and before splitting (letters as in
+    `jaxllm.axes`):
+
+        projections  2 n D H (2 N + 2 K)
+        feed-forward 6 n D F
+        attention    4 N H x scores, a prompt's scores being the block pairs of
+                     `jaxllm.attention.causal_attention`, a token's the whole cache
+
+    times the ticks, times the layers of the longest stage; then the head, 2 D V for
+    each sequence. So it contains what a partition does on purpose beyond the model:
+    key/value heads computed on several devices, layers of zeros that even out stages,
+    and ticks in which a stage is idle. Norms, rotary, softmax and sampling are left
+    out: under 1 % for the published models.
+    """
+    layout, partition, model = program.layout, program.partition, program.layout.model
+    workload, stages = program.workload, partition.stage
+    heads, embed = partition.ways("heads"), partition.ways("embed")
+    rows = _rows(program)
+    # Sequences whose attention this device computes, of those in `rows`.
+    split = partition.ways("cache_batch") if "data" not in partition.manual_axes else 1
+    d, h, n, k = model.embed_dim, model.head_dim, model.num_heads, model.num_kv_heads
+    if program.phase == "prefill":
+        tokens = rows * workload.input_len
+        count, size = blocks_of(workload.input_len)
+        scores = count * (count + 1) // 2 * size * size
+        attention_ways = heads
+    else:
+        tokens = rows
+        scores = layout.cache_len
+        attention_ways = partition.ways("kv_heads") * partition.ways("cache_seq")
+    projections = 2 * tokens * d * h * (2 * n + 2 * k) // (heads * embed)
+    mlp = 6 * tokens * d * model.mlp_dim // (partition.ways("mlp") * embed)
+    attention = 4 * n * h * scores * rows // (split * attention_ways)
+    layers = layout.layers_per_stage * program.ticks
+    # A vocabulary split over stages is computed by all of them, for every sequence.
+    head = 2 * layout.replica_batch * d * model.vocab_size
+    head //= partition.ways("vocab") * embed
+    if stages > 1 and program.phase == "decode":
+        head = head * stages // (layout.groups if layout.groups > 1 else stages)
+    return layers * (projections + mlp + attention) + head
+
+
+def _rows(program: Program) -> int:
+    """Returns the sequences that a stage works on in one tick."""
+    batch = program.layout.replica_batch
+    if program.phase == "decode":
+        return batch // program.layout.groups
+    if program.partition.stage > 1:
+        return batch // program.prefill_micro_batches
+    return batch  # One tick holds all micro-batches.
+
+
+def work(program: Program) -> Work:
+    """Returns the least that one device of `program`'s partition must do.
+
+    Prefill: its share of the model's FLOPs with exact causal attention; every weight
+    read once, the prompt's cache written once. Bubbles are left out: more
+    micro-batches can make them arbitrarily small. Decode: its share of the FLOPs; a
+    stage's weights once for every group in flight, which come at different times; the
+    cache once, at its mean length. A token passes all stages in turn, so with fewer
+    groups than stages the shares follow each other (`serial`).
+
+    Sent: the residual stream, around every attention and feed-forward block over the
+    tensor axis (all-reduce, 2 (t - 1) / t), and once a hop over the stage axis.
+    Embedding rows, norms and sampling are left out, and so is the traffic of `two_d`
+    between its axes.
+    """
+    layout, partition, config = program.layout, program.partition, program.config
+    workload, itemsize = program.workload, jnp.dtype(program.dtype).itemsize
+    batch, devices = workload.batch_size, partition.num_devices
+    if program.phase == "decode":
+        tokens = batch
+        context = workload.input_len + workload.output_len / 2
+        seen, cached, groups = context, context, layout.groups
+        serial = program.ticks / groups
+    else:
+        tokens = batch * workload.input_len
+        seen = workload.input_len * (workload.input_len + 1) / 2
+        cached, groups, serial = workload.input_len, 1, 1.0
+    attention = 4 * config.num_heads * config.head_dim * batch * seen
+    matmul = config.layer_params - 2 * config.embed_dim
+    head = config.embed_dim * config.vocab_size
+    flops = config.num_layers * (2 * tokens * matmul + attention) + 2 * batch * head
+    # Replicas hold the same weights; under two_d, the data axis splits them too.
+    copies = partition.data // partition.ways("embed")
+    weights = (config.num_layers * config.layer_params + head) * itemsize * copies
+    cache = config.cache_bytes(batch, itemsize) * cached
+    stream = tokens * config.embed_dim * itemsize / partition.data
+    wire: dict[str, float] = {}
+    if partition.tensor > 1 and partition.ways("heads") == partition.tensor:
+        t = partition.tensor
+        blocks = 2 * config.num_layers / partition.stage
+        wire["tensor"] = blocks * stream * 2 * (t - 1) / t
+    if partition.stage > 1:
+        wire["stage"] = stream
+    return Work(
+        flops=flops / devices,
+        hbm_bytes=(weights * groups + cache) / devices,
+        wire_bytes=wire,
+        serial=serial,
+    )
+
+
+def limit_s(program: Program, chip: Chip) -> float:
+    """Returns the least time of one call: the slowest resource, all others hidden.
+
+        T = serial x max(flops / flops_per_s, hbm_bytes / hbm_bytes_per_s,
+                         wire_bytes / (links x link_bytes_per_s))
+
+    Args:
+      program: what is run.
+      chip: published rates of a whole chip.
+    """
+    least, device, sizes = work(program), chip.per_device(), program.partition.axes
+    kinds = {"tensor": "all-reduce", "stage": "permute"}
+    links = [
+        sent / (links_used(kinds[axis], sizes[axis], device) * device.link_bytes_per_s)
+        for axis, sent in least.wire_bytes.items()
+    ]
+    return least.serial * max(
+        least.flops / device.matmul_flops_per_s(program.dtype),
+        least.hbm_bytes / device.hbm_bytes_per_s,
+        *links,
+    )
