@@ -77,9 +77,9 @@ def custom_call_flops(
       ValueError: the target is not known, or carries no cost.
     """
     name = target(instruction)
-    out = instruction.shape.leaves[0]
     if name in FREE_TARGETS or name in MOVE_TARGETS:
         return 0, 0
+    out = instruction.shape.leaves[0]
     if _GEMM.fullmatch(name):
         return _gemm(instruction, operands, out)
     if _FMHA.fullmatch(name):

@@ -18,7 +18,7 @@ from sharding.hlo.opcodes import (
     base_opcode,
 )
 from sharding.hlo.reader import Computation, Instruction, Module
-from sharding.hlo.windows import convolution_products, parse_window, valid_positions
+from sharding.hlo.windows import convolution_products, parse_window, reduced_positions
 
 
 class Flops(NamedTuple):
@@ -94,10 +94,13 @@ class FlopCounter:
         if opcode == "reduce":
             return (first.size - out.size) * self._applied(instruction).total
         if opcode == "reduce-window":
-            taps = 1
+            taps, results = 1, 1
             for axis, dim in enumerate(parse_window(instruction.require("window"))):
-                taps *= valid_positions(dim, first.dims[axis], out.dims[axis])
-            return max(taps - out.size, 0) * self._applied(instruction).total
+                taps_here, results_here = reduced_positions(
+                    dim, first.dims[axis], out.dims[axis]
+                )
+                taps, results = taps * taps_here, results * results_here
+            return max(taps - results, 0) * self._applied(instruction).total
         if opcode == "select-and-scatter":
             window = parse_window(instruction.require("window"))
             taps = math.prod(dim.size for dim in window)

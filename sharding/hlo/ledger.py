@@ -17,115 +17,19 @@ from sharding.hlo import custom_calls
 from sharding.hlo.collectives import CollectiveFinder, Found
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.groups import AxisNamer
-from sharding.hlo.loops import Loop, Scope, call_args, enter_loop
+from sharding.hlo.loops import Loop as Loop
+from sharding.hlo.loops import Scope, call_args, enter_loop
 from sharding.hlo.opcodes import FREE, TRANSFERS, base_opcode
 from sharding.hlo.reader import Computation, Instruction, Module, read_module
+from sharding.hlo.records import Collective as Collective
+from sharding.hlo.records import Cost as Cost
+from sharding.hlo.records import Ledger as Ledger
 from sharding.hlo.source import read_sources
 from sharding.hlo.traffic import TrafficCounter
 
 # To choose the costliest branch of a conditional: FLOPs that take as long as a
 # byte, near H100's 989e12 / 3.35e12 and v5p's 459e12 / 2.77e12.
 _FLOPS_PER_BYTE = 256
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """All executions of one HLO collective, or of equal ones, on one device.
-
-    Attributes:
-      axis: "tensor", "stage+tensor", or "devices {0,3},{1,2}" where no mesh axes fit.
-      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all",
-        "permute" or "broadcast".
-      count: executions in one call, trip counts multiplied.
-      payload_bytes: over all executions: what is reduced, scattered, exchanged or
-        permuted, or the gathered result.
-      wire_bytes: over all executions, sent by one device: 2(n-1)/n of the payload
-        for all-reduce, (n-1)/n for all-gather, reduce-scatter and all-to-all, all
-        of it for permute and broadcast.
-      group_size: n, devices that take part together.
-      op_name: JAX's name of the operation, or "".
-      source: "file.py:123", or "".
-      loop: enclosing loops, such as "while.5 x80", or "".
-    """
-
-    axis: str
-    kind: str
-    count: int
-    payload_bytes: int
-    wire_bytes: int
-    group_size: int
-    op_name: str
-    source: str
-    loop: str
-
-    @property
-    def payload_bytes_each(self) -> int:
-        """Payload of one execution."""
-        return self.payload_bytes // self.count
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One instruction that runs and is no collective; figures are per execution.
-
-    Attributes:
-      count: executions in one call.
-      flops: all operations; `matmul_flops` those of products and convolutions.
-      hbm_bytes: read and written in main memory.
-    """
-
-    name: str
-    opcode: str
-    computation: str
-    count: int
-    flops: int
-    matmul_flops: int
-    hbm_bytes: int
-    op_name: str
-    source: str
-    loop: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """What ONE device does in ONE call of a program."""
-
-    costs: tuple[Cost, ...]
-    collectives: tuple[Collective, ...]
-    loops: tuple[Loop, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        return sum(c.count * c.flops for c in self.costs)
-
-    @property
-    def matmul_flops(self) -> int:
-        return sum(c.count * c.matmul_flops for c in self.costs)
-
-    @property
-    def hbm_bytes(self) -> int:
-        return sum(c.count * c.hbm_bytes for c in self.costs)
-
-    @property
-    def wire_bytes(self) -> int:
-        return sum(c.wire_bytes for c in self.collectives)
-
-    def by_axis(self) -> dict[str, tuple[Collective, ...]]:
-        """Returns the collectives along each axis, in order of appearance."""
-        found: dict[str, list[Collective]] = {}
-        for collective in self.collectives:
-            found.setdefault(collective.axis, []).append(collective)
-        return {axis: tuple(rows) for axis, rows in found.items()}
-
-    def largest(self, by: str = "hbm_bytes", limit: int = 20) -> tuple[Cost, ...]:
-        """Returns the costs with the most `flops`, `matmul_flops` or `hbm_bytes`."""
-        if by not in ("flops", "matmul_flops", "hbm_bytes"):
-            raise ValueError(
-                f"largest by {by!r}; costs have flops, matmul_flops and hbm_bytes."
-            )
-        ranked = sorted(self.costs, key=lambda c: -c.count * getattr(c, by))
-        return tuple(ranked[:limit])
 
 
 def read_ledger(text: str, axes: Mapping[str, int] | None = None) -> Ledger:
@@ -226,7 +130,16 @@ class _Walker:
     def _run(
         self, instruction: Instruction, computation: Computation, count: int, loop: str
     ) -> None:
-        op_name = source = None
+        try:
+            self._count(instruction, computation, count, loop)
+        except (ArithmeticError, LookupError, RecursionError, TypeError) as error:
+            raise ValueError(
+                f"the parts do not fit together ({error!r}): {instruction}"
+            ) from error
+
+    def _count(
+        self, instruction: Instruction, computation: Computation, count: int, loop: str
+    ) -> None:
         for found in self._collectives.of(instruction, computation):
             if found.group_size > 1:
                 op_name, source = self._sources.of(found.instruction)

@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sharding.hlo.reader import Computation, Instruction, Module
+from sharding.hlo.shapes import Shape
 
 Expression = Any
 State = dict[int, Expression]  # carried element -> int or constant expression
 
 _MAX_STEPS = 65536  # iterations run one by one; longer loops need an affine counter
+_MAX_DEPTH = 150  # instructions from a counter back to its constant
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SAME = frozenset([
     "async-done", "bitcast", "broadcast", "convert", "copy", "copy-done",
@@ -246,6 +248,7 @@ class _Follower:
 
     def __init__(self, module: Module):
         self._module = module
+        self._depth = 0
         self._seen: dict[tuple[str, str, tuple[Expression, ...]], Expression] = {}
 
     def elements(
@@ -264,15 +267,18 @@ class _Follower:
     ) -> Expression:
         key = (computation.name, name, args)
         if key not in self._seen:
-            self._seen[key] = None  # a cycle would be unknown
-            self._seen[key] = self._build(computation, name, args)
+            self._seen[key] = None  # a cycle is unknown, and so is a very long chain
+            self._depth += 1
+            if self._depth < _MAX_DEPTH:
+                self._seen[key] = self._build(computation, name, args)
+            self._depth -= 1
         return self._seen[key]
 
     def _build(
         self, computation: Computation, name: str, args: tuple[Expression, ...]
     ) -> Expression:
         found = computation.by_name.get(name)
-        if found is None:
+        if found is None or not _may_count(found.shape):
             return None
         op = found.opcode
         if op == "parameter":
@@ -310,6 +316,13 @@ class _Follower:
                 return None
             return (op, *parts)
         return None
+
+
+def _may_count(shape: Shape) -> bool:
+    """Whether a value can be part of a loop counter: integers, few of them."""
+    if shape.dtype == "tuple":
+        return True
+    return shape.dtype[0] in "sup" and (shape.size <= 1 or len(shape.dims) == 1)
 
 
 def _element(whole: Expression, index: int) -> Expression:

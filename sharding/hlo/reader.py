@@ -236,7 +236,7 @@ def read_instruction(line: str) -> Instruction:
             if part.strip()
         )
     try:
-        shape = parse_shape(tail[: found.start()] if found.start() else "()")
+        shape = parse_shape(tail[: found.start()])
     except ValueError as error:
         raise ValueError(f"{error} In instruction: {line.strip()}") from None
     return Instruction(

@@ -124,8 +124,11 @@ class TrafficCounter:
                     self._update(opcode, instruction, computation, demand, outermost)
                 ]
         counts = [leaf.size for leaf in self._results(instruction)]
-        for name, counts_needed in self._needs(instruction, computation, None):
-            _add(demand, computation.by_name[name], counts_needed)
+        if not outermost:
+            _add(demand, instruction, counts)
+            return counts
+        for name, needed in self._needs(instruction, computation, None):
+            _add(demand, computation.by_name[name], needed)
         return counts
 
     def _update(

@@ -68,6 +68,20 @@ def valid_positions(dim: WindowDim, in_size: int, out_size: int) -> int:
     )
 
 
+def reduced_positions(dim: WindowDim, in_size: int, out_size: int) -> tuple[int, int]:
+    """Returns the input elements that a sliding reduction meets, and its results.
+
+    TPU writes "reduce, then broadcast" as a window so wide and padded that every
+    position sees the whole input: that is one reduction, not one for each output.
+    """
+    first_reach = (dim.size - 1) * dim.rhs_dilate - dim.pad_low
+    last_start = (out_size - 1) * dim.stride - dim.pad_low
+    whole = first_reach >= (in_size - 1) * dim.lhs_dilate and last_start <= 0
+    if whole and dim.rhs_dilate == 1:
+        return in_size, 1
+    return valid_positions(dim, in_size, out_size), out_size
+
+
 def _count(offset: int, step: int, number: int, last: int, multiple: int) -> int:
     """Returns for how many j < number offset + j*step is a multiple in [0, last]."""
     low = max(0, -(offset // step)) if offset < 0 else 0

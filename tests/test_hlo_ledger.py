@@ -1,0 +1,278 @@
+"""Ledgers of programs that the real compilers made equal their closed forms."""
+
+import pathlib
+
+import pytest
+
+from sharding.hlo import Ledger, read_ledger
+
+DATA = pathlib.Path(__file__).parent / "data" / "hlo"
+
+# Sizes of tests/data/hlo/make.py.
+D, F, LAYERS, BATCH, CACHE = 512, 1536, 5, 16, 640
+HEADS, KV_HEADS, HEAD_DIM = 16, 8, 64
+LAYER_WEIGHTS = D * (HEADS + 2 * KV_HEADS) * HEAD_DIM + HEADS * HEAD_DIM * D + 3 * D * F
+LAYER_CACHE = 2 * BATCH * KV_HEADS * CACHE * HEAD_DIM
+MESHES = {
+    "decode": {"data": 1, "stage": 2, "tensor": 4},
+    "scan": {"data": 1, "stage": 1, "tensor": 8},
+    "pipeline": {"data": 1, "stage": 4, "tensor": 2},
+    "collectives": {"data": 2, "stage": 1, "tensor": 4},
+    "causal": {"data": 1, "stage": 1, "tensor": 8},
+    "gathered": {"data": 8, "stage": 1, "tensor": 1},
+    "two_matmuls": {"t": 2},
+}
+
+
+def _ledger(name: str) -> Ledger:
+    text = (DATA / f"{name}.hlo").read_text()
+    return read_ledger(text, MESHES[name.partition(".")[0]])
+
+
+def _rows(ledger: Ledger) -> dict[tuple[str, str], tuple[int, int, int, int]]:
+    """Returns (axis, kind) -> count, payload each, wire in all, group size."""
+    rows: dict[tuple[str, str], tuple[int, int, int, int]] = {}
+    for c in ledger.collectives:
+        count, each, wire, size = rows.get((c.axis, c.kind), (0, 0, 0, c.group_size))
+        assert not count or each == c.payload_bytes_each
+        rows[c.axis, c.kind] = (
+            count + c.count, c.payload_bytes_each, wire + c.wire_bytes, size
+        )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.hlo")), ids=lambda p: p.name)
+def test_every_file_says_what_made_it(path: pathlib.Path) -> None:
+    with path.open() as lines:
+        assert next(lines).startswith("// jax ")
+    assert path.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("decode.h100.jax0.12", 1.4), ("decode.v5p.jax0.12", 1.15)]
+)
+def test_decode_layer(name: str, most: float) -> None:
+    ledger = _ledger(name)
+    # 2 FLOPs a weight and sequence; scores and mixing: 2 x 2 B N S H.
+    products = 2 * BATCH * LAYER_WEIGHTS + 4 * BATCH * HEADS * CACHE * HEAD_DIM
+    assert ledger.matmul_flops == products // 4
+    assert products // 4 < ledger.flops < 1.02 * products // 4
+    # Weights and cache once, bf16; activations come on top. H100's default kernels
+    # write f32 partial sums, which at these sizes is a third.
+    needed = 2 * (LAYER_WEIGHTS + LAYER_CACHE) // 4
+    assert needed < ledger.hbm_bytes < most * needed
+    # Megatron: one all-reduce of B D after attention, one after the MLP.
+    payload = BATCH * D * 2
+    assert _rows(ledger) == {
+        ("tensor", "all-reduce"): (2, payload, 2 * 2 * 3 * payload // 4, 4)
+    }
+    assert {c.source for c in ledger.collectives} == {"make.py:55", "make.py:58"}
+
+
+@pytest.mark.parametrize(
+    ("name", "itemsize"),
+    [("scan.h100.jax0.12", 2), ("scan.v5p.jax0.12", 2), ("scan.cpu.jax0.12", 4)],
+)
+def test_scanned_layers_are_multiplied(name: str, itemsize: int) -> None:
+    ledger = _ledger(name)
+    products = 2 * BATCH * LAYER_WEIGHTS + 4 * BATCH * HEADS * CACHE * HEAD_DIM
+    assert ledger.matmul_flops == LAYERS * products // 8
+    assert [loop.trip_count for loop in ledger.loops] == [LAYERS]
+    payload = BATCH * D * itemsize  # CPU reduces in f32
+    assert _rows(ledger) == {
+        ("tensor", "all-reduce"): (2 * LAYERS, payload, 10 * 2 * 7 * payload // 8, 8)
+    }
+    # Weights are read from their slice or copied out of the stack first, at most
+    # 3 times. The cache of a layer is copied out, read, and copied back: both
+    # compilers really do, at most 8 times in all. The stack is never touched whole.
+    weights, cache = (2 * LAYERS * n // 8 for n in (LAYER_WEIGHTS, LAYER_CACHE))
+    if itemsize == 2:
+        assert weights + 4 * cache < ledger.hbm_bytes < 1.05 * (3 * weights + 8 * cache)
+
+
+@pytest.mark.parametrize("name", ["pipeline.h100.jax0.12", "pipeline.v5p.jax0.10"])
+def test_pipeline(name: str) -> None:
+    ledger = _ledger(name)
+    ticks, rows = 6 + 4 - 1, 32
+    assert [loop.trip_count for loop in ledger.loops] == [ticks]
+    assert ledger.matmul_flops == ticks * 2 * 2 * rows * D * F // 2
+    one = rows * D * 2
+    assert _rows(ledger) == {
+        ("stage", "permute"): (ticks, one, ticks * one, 4),
+        ("tensor", "all-reduce"): (ticks, one, ticks * one, 2),  # 2 (n-1)/n = 1
+        ("stage", "all-reduce"): (1, 6 * one, 6 * one * 3 // 2, 4),
+    }
+    assert all(
+        c.loop.startswith("while.") and c.loop.endswith(" x9")
+        for c in ledger.collectives
+        if c.count > 1
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["collectives.cpu.jax0.10", "collectives.h100.jax0.12"]
+)
+def test_every_kind_of_collective(name: str) -> None:
+    whole = 128 * 256 * 4  # one device's part of 256 x 1024, float32
+    assert _rows(_ledger(name)) == {
+        ("tensor", "reduce-scatter"): (1, whole, whole * 3 // 4, 4),
+        ("tensor", "all-gather"): (1, whole, whole * 3 // 4, 4),
+        ("tensor", "all-to-all"): (2, whole, 2 * whole * 3 // 4, 4),
+        ("data+tensor", "all-reduce"): (1, whole, 2 * whole * 7 // 8, 8),
+        ("data", "permute"): (1, whole, whole, 2),
+    }
+
+
+@pytest.mark.parametrize("name", ["causal.h100.jax0.12", "causal.v5p.jax0.12"])
+def test_causal_blocks(name: str) -> None:
+    ledger = _ledger(name)
+    # 1 + 2 + ... + 8 blocks of 128 x 128 x 256, though no text says 36.
+    assert ledger.matmul_flops == 36 * 2 * 128 * 128 * 256
+    assert [loop.trip_count for loop in ledger.loops] == [8, 4.5]
+    assert not ledger.warnings
+
+
+def test_gathers_that_run_beside_products_count_once() -> None:
+    ledger = _ledger("gathered.v5e.jax0.12")
+    # 4 weights, gathered once and kept for the gradients; 4 gradients in one sum.
+    # Two of the gathers are spread over chains of fusions with products in them.
+    weight = 2048 * D * 2
+    assert _rows(ledger) == {
+        ("data", "all-gather"): (4, weight, 4 * weight * 7 // 8, 8),
+        ("data", "all-reduce"): (1, 4 * weight, 2 * 4 * weight * 7 // 8, 8),
+    }
+    # 4 products forward, 8 backward, less the gradient of the input.
+    assert ledger.matmul_flops == 11 * 2 * (4096 // 8) * D * 2048
+
+
+def test_xla_gpu_kernels_on_a_real_machine() -> None:
+    ledger = _ledger("two_matmuls.h200.jax0.11")
+    assert ledger.matmul_flops == 2 * 2 * 2 * 8 * 4096 * 2048
+    payload = 8 * 4096 * 2
+    assert _rows(ledger) == {("t", "all-reduce"): (2, payload, 2 * payload, 2)}
+    # 2 layers of 2 weights; f32 partial sums of split products come on top.
+    assert 4 * 4096 * 2048 * 2 < ledger.hbm_bytes < 1.1 * 4 * 4096 * 2048 * 2
+
+
+def test_without_a_mesh_groups_are_device_ids() -> None:
+    ledger = read_ledger((DATA / "decode.v5p.jax0.12.hlo").read_text())
+    assert set(ledger.by_axis()) == {"devices {0,1,2,3},{4,5,6,7}"}
+
+
+def test_a_mesh_of_another_size_is_refused() -> None:
+    text = (DATA / "decode.v5p.jax0.12.hlo").read_text()
+    with pytest.raises(ValueError, match="4 devices, the program runs on 8"):
+        read_ledger(text, {"tensor": 4})
+
+
+def test_largest() -> None:
+    ledger = _ledger("decode.v5p.jax0.12")
+    costs = ledger.largest("flops", 3)
+    assert len(costs) == 3
+    assert costs[0].flops * costs[0].count == max(
+        c.flops * c.count for c in ledger.costs
+    )
+    with pytest.raises(ValueError, match="seconds"):
+        ledger.largest("seconds")
+
+
+HEAD = "HloModule m, num_partitions=4\n"
+ADD = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+"""
+GROUPS = "channel_id=1, replica_groups=[2,2]<=[4], use_global_device_ids=true"
+
+
+def _collectives(line: str, before: str = "", shapes: str = "f32[8] f32[6]") -> list:
+    parameters = "\n".join(
+        f"  %{name} = {shape} parameter({i})"
+        for i, (name, shape) in enumerate(zip("abc", shapes.split(), strict=False))
+    )
+    entry = f"ENTRY %e () -> f32[] {{\n{parameters}\n  ROOT %r = {line}\n}}\n"
+    ledger = read_ledger(f"{HEAD}{ADD}{before}\n{entry}", {"x": 2, "y": 2})
+    return [
+        (c.axis, c.kind, c.payload_bytes, c.wire_bytes, c.group_size)
+        for c in ledger.collectives
+    ]
+
+
+REDUCE_SCATTER = f"""
+%scattered (p: f32[8], i: s32[]) -> f32[4] {{
+  %p = f32[8] parameter(0)
+  %i = s32[] parameter(1)
+  %all = f32[8] all-reduce(%p), {GROUPS}, to_apply=%add
+  ROOT %mine = f32[4] dynamic-slice(%all, %i), dynamic_slice_sizes={{4}}
+}}
+"""
+ASYNC = f"""
+%wrapped (p: f32[8]) -> f32[4] {{
+  %p = f32[8] parameter(0)
+  ROOT %mine = f32[4] reduce-scatter(%p), {GROUPS}, dimensions={{0}}, to_apply=%add
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "expected"),
+    [
+        (f"(f32[8], f32[6]) all-reduce(%a, %b), {GROUPS}, to_apply=%add", "",
+         ("y", "all-reduce", 56, 56, 2)),
+        # listed twice, sent once
+        (f"(f32[16], f32[16]) all-gather(%a, %a), {GROUPS}, dimensions={{0}}", "",
+         ("y", "all-gather", 64, 32, 2)),
+        (f"((f32[8]), f32[16]) all-gather-start(%a), {GROUPS}, dimensions={{0}}", "",
+         ("y", "all-gather", 64, 32, 2)),
+        ("f32[4] fusion(%a, %i), kind=kLoop, calls=%scattered", REDUCE_SCATTER,
+         ("y", "reduce-scatter", 32, 16, 2)),
+        ("((f32[8]), f32[4], u32[]) async-start(%a), calls=%wrapped", ASYNC,
+         ("y", "reduce-scatter", 32, 16, 2)),
+        ("f32[8] collective-permute(%a), source_target_pairs={{0,2},{1,3}}", "",
+         ("x", "permute", 32, 32, 2)),
+        ("f32[8] collective-broadcast(%a), replica_groups={{0,1},{2,3}}", "",
+         ("y", "broadcast", 32, 32, 2)),
+        ("f32[8] all-to-all(%a), channel_id=1, replica_groups={{0,2},{1,3}}", "",
+         ("x", "all-to-all", 32, 16, 2)),
+        # no global ids: the one replica, with all its partitions
+        ("f32[8] all-reduce(%a), channel_id=1, replica_groups={{0}}, to_apply=%add", "",
+         ("x+y", "all-reduce", 32, 48, 4)),
+        # alone in a group: nothing is sent
+        ("f32[8] all-reduce(%a), replica_groups={{0}}, to_apply=%add", "", None),
+        ("f32[8] collective-permute(%a), source_target_pairs={{0,0},{1,1}}", "", None),
+    ],
+    ids=["combined", "twice", "start", "fused", "wrapped", "permute", "broadcast",
+         "exchange", "replicas", "alone", "itself"],
+)  # fmt: skip
+def test_collective(line: str, before: str, expected: tuple | None) -> None:
+    line = line.replace("%i", "%b") if "calls=%scattered" in line else line
+    shapes = "f32[8] s32[]" if "calls=%scattered" in line else "f32[8] f32[6]"
+    found = _collectives(line, before, shapes)
+    assert found == ([expected] if expected else [])
+
+
+def test_unknown_groups_stop_the_reader_with_the_instruction() -> None:
+    with pytest.raises(ValueError, match=r"no known spelling.*%r = .*all-reduce"):
+        _collectives("f32[8] all-reduce(%a), replica_groups=<1,2>, to_apply=%add")
+
+
+def test_a_conditional_counts_as_its_costliest_branch() -> None:
+    text = """HloModule m
+%cheap (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8] parameter(0)
+}
+%dear (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  ROOT %e = f32[8] exponential(%x)
+}
+ENTRY %e (p: pred[], x: f32[8]) -> f32[8] {
+  %p = pred[] parameter(0)
+  %x = f32[8] parameter(1)
+  ROOT %c = f32[8] conditional(%p, %x, %x), branch_computations={%dear, %cheap}
+}
+"""
+    ledger = read_ledger(text)
+    assert (ledger.flops, ledger.hbm_bytes) == (8, 64)
+    assert ledger.warnings == ("c is a conditional; its costliest branch is counted.",)
