@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layers import Place, anywhere
 
+_TILE = 16
+
 # Dimension names of one layer's keys, and of its values.
 CACHE_AXES = ("cache_batch", "kv_heads", "cache_seq", "head_dim")
 
@@ -73,12 +75,23 @@ class CacheLayer:
             update = update.astype(stack.dtype)
             if jnp.ndim(position) == 1:
                 return place(self._put_rows(stack, update, position), names)
-            start = (*self.index, self.row, 0, position, 0)
+            size, first = update.shape[2], position
+            if size == 1:
+                # A whole tile of positions is rewritten: for a single one, XLA:TPU
+                # keeps the cache in another layout inside loops, and copies it all.
+                size = min(_TILE, stack.shape[-2])
+                first = jnp.minimum(position // size * size, stack.shape[-2] - size)
+            start = (*self.index, self.row, 0, first, 0)
             start = tuple(jnp.asarray(i, jnp.int32) for i in start)
-            update = update.reshape((1,) * len(self.index) + update.shape)
-            if self.keep is not None:
-                old = lax.dynamic_slice(stack, start, update.shape)
-                update = jnp.where(self.keep, old, update)
+            shape = (1,) * len(self.index) + update.shape[:2] + (size, update.shape[3])
+            update = jnp.broadcast_to(update.reshape(shape[:-2] + update.shape[2:]), shape)
+            if self.keep is not None or size != new.k.shape[2]:
+                old = lax.dynamic_slice(stack, start, shape)
+                if size != new.k.shape[2]:
+                    here = jnp.arange(size) == position - first
+                    update = jnp.where(here.reshape((1,) * (len(shape) - 2) + (size, 1)), update, old)
+                if self.keep is not None:
+                    update = jnp.where(self.keep, old, update)
             return place(lax.dynamic_update_slice(stack, update, start), names)
 
         return dataclasses.replace(self, kv=jax.tree.map(put, self.kv, new))

@@ -261,13 +261,11 @@ def _repeat_kv_heads(block: Tree, config: ModelConfig, repeat: int) -> Tree:
     """Returns the block with every key/value head `repeat` times, queries dealt out."""
     if repeat == 1:
         return block
-    group = config.group_size
-    w_qkv, w_out = block["attention"]["w_qkv"], block["attention"]["w_out"]
-    d, k, _, h = w_qkv.shape
+    group, k, h = config.group_size, config.num_kv_heads, config.head_dim
+    w_qkv = block["attention"]["w_qkv"]
+    d = w_qkv.shape[0]
+    w_qkv = w_qkv.reshape(d, k, group + 2, h)
     queries = w_qkv[:, :, :group].reshape(d, k * repeat, group // repeat, h)
     shared = jnp.repeat(w_qkv[:, :, group:], repeat, axis=1)
-    attention = {
-        "w_qkv": jnp.concatenate([queries, shared], axis=2),
-        "w_out": w_out.reshape(k * repeat, group // repeat, h, d),
-    }
-    return {**block, "attention": attention}
+    w_qkv = jnp.concatenate([queries, shared], axis=2).reshape(d, -1)
+    return {**block, "attention": {**block["attention"], "w_qkv": w_qkv}}

@@ -82,9 +82,7 @@ def _rows(program: Program) -> int:
     batch = program.layout.replica_batch
     if program.phase == "decode":
         return batch // program.layout.groups
-    if program.partition.stage > 1:
-        return batch // program.prefill_micro_batches
-    return batch  # One tick holds all micro-batches.
+    return batch // program.prefill_micro_batches
 
 
 def work(program: Program) -> Work:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from jaxllm.config import ModelConfig
+from jaxllm.layers import mlp_pieces
 from sharding.rules import AxisRules
 from sharding.tensor import MEGATRON, RULES
 
@@ -217,7 +218,7 @@ def check(
         )
     _check_heads(config, partition, name)
     sizes = {
-        "mlp": ("hidden width", config.mlp_dim),
+        "mlp": (f"hidden width {config.mlp_dim} in its pieces", mlp_pieces(config)),
         "vocab": ("vocabulary", config.vocab_size),
         "embed": ("width", config.embed_dim),
         "residual_seq": ("prompt length", workload.input_len),
