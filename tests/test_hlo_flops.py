@@ -55,6 +55,8 @@ ADD = """
          "f32[9,4] scatter(%a, %b, %c), to_apply=%add", 8),
         (["f32[2,8]"],
          '(f32[2,2], s32[2,2]) custom-call(%a), custom_call_target="TopK"', 16 * 2),
+        (["f32[2,6,6]"], 'f32[2,6,6] custom-call(%a), custom_call_target="Cholesky"',
+         2 * 6**3 // 3),
         (["f32[8]"], '() custom-call(%a), custom_call_target="Sharding"', 0),
     ],
 )  # fmt: skip
@@ -153,6 +155,19 @@ def test_fusion_is_the_sum_of_its_body_nested_or_not() -> None:
 def test_unknown_work_stops_the_reader(line: str) -> None:
     with pytest.raises(ValueError, match="%r = "):
         _flops(f"{_parameters('f32[8]')}\n  ROOT %r = {line}")
+
+
+def test_kernel_that_the_caller_knows() -> None:
+    text = """HloModule m
+ENTRY %e (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  ROOT %r = f32[8] custom-call(%a), custom_call_target="x", metadata={op_name="f/mine"}
+}
+"""
+    for key in ("x", "mine"):
+        assert read_ledger(text, kernels={key: 99}).flops == 99
+    with pytest.raises(ValueError, match="no known cost"):
+        read_ledger(text, kernels={"other": 99})
 
 
 def test_kernel_with_a_cost_estimate() -> None:

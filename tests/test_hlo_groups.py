@@ -40,7 +40,8 @@ def test_spelling(text: str, expected: tuple[tuple[int, ...], ...]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{{0,1}", "[2,4]<=[9]", "mesh['a'=2] {'b'}", "mesh['t'=8] {'t':(3)2}", "0,1",
+    ["", "{{0,1}", "[2,4]<=[9]", "mesh['a'=2] {'b'}", "[2,4]<=[4,2]T(1,1)",
+     "[1,9]<=[999999999999]", "mesh['t'=8] {'t':(3)2}", "0,1",
      "mesh['x'=2], device_ids=(0,0) {'x'}"],
 )  # fmt: skip
 def test_unknown_spelling(text: str) -> None:

@@ -57,7 +57,14 @@ def _read(**fields: object) -> tuple[Loop, int, tuple[str, ...]]:
         ({"start": 9, "bound": 0, "update": "subtract", "direction": "GE"}, 10),
         ({"start": 1, "bound": 100, "step": 2, "update": "multiply"}, 7),  # 1 ... 64
         ({"start": 10}, 0),
-        ({"bound": 10_000_000}, 10_000_000),  # too long to run through
+        # too long to run through
+        ({"bound": 10_000_000}, 10_000_000),
+        ({"bound": 10_000_000, "direction": "LE", "step": 3}, 3_333_334),
+        ({"bound": 10_000_000, "direction": "NE", "step": 5}, 2_000_000),
+        (
+            {"start": 9_999_999, "bound": 0, "update": "subtract", "direction": "GE"},
+            10_000_000,
+        ),
         ({"more": ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
         (
             {"carried": "m", "more": ', backend_config={"known_trip_count":{"n":"7"}}'},

@@ -162,8 +162,10 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
          "((bf16[20,64,32], s32[]), bf16[64,32], u32[])"
          " fusion-start(%a, %b), kind=kLoop, calls=%inner", SLICE + 4 + SLICE),
     ],
-    ids=["slice", "lazy", "twice", "update", "tuple", "fresh", "copy", "nested",
-         "async"],
+    ids=[
+        "slice", "lazy", "twice", "update", "tuple", "fresh", "copy", "nested",
+        "async",
+    ],
 )  # fmt: skip
 def test_fusion(shapes: list[str], line: str, expected: int) -> None:
     assert _bytes(shapes, line) == expected

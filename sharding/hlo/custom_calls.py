@@ -7,6 +7,7 @@ costed must not count as nothing.
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sharding.hlo.reader import Instruction
@@ -34,6 +35,13 @@ _GEMM = re.compile(
     r"__cublas\$(gemm|lt\$(matmul|groupedMatmul)(\$f8|\$mx)?)|__onednn\$matmul"
 )
 _FMHA = re.compile(r"__cudnn\$fmha\w*")
+_FACTOR = re.compile(
+    r"(?P<cholesky>Cholesky|InvertDiagBlocks\w+|lapack_[sdcz]potrf_ffi|cusolver_potrf_ffi)"
+    r"|(?P<lu>LuDecomposition|lapack_[sdcz]getrf_ffi|cusolver_getrf_ffi)"
+    r"|(?P<qr>Qr|lapack_[sdcz](?:geqrf|orgqr|ungqr)_ffi|cusolver_(?:geqrf|orgqr)_ffi"
+    r"|ProductOfElementaryHouseholderReflectors)"
+    r"|(?P<solve>TriangularSolve|__cublas\$triangularSolve|lapack_[sdcz]trsm_ffi|blas_[sdcz]trsm)"
+)
 _KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton")
 
 
@@ -69,9 +77,15 @@ def results(instruction: Instruction) -> tuple[Shape, ...]:
 
 
 def custom_call_flops(
-    instruction: Instruction, operands: list[Shape]
+    instruction: Instruction, operands: list[Shape], kernels: Mapping[str, int]
 ) -> tuple[int, int]:
     """Returns `(FLOPs, of these in matrix products)`.
+
+    Args:
+      instruction: the call.
+      operands: the shapes it reads.
+      kernels: FLOPs of one execution of kernels that the caller knows, by target or
+        by the last part of their op_name.
 
     Raises:
       ValueError: the target is not known, or carries no cost.
@@ -80,6 +94,10 @@ def custom_call_flops(
     if name in FREE_TARGETS or name in MOVE_TARGETS:
         return 0, 0
     out = instruction.shape.leaves[0]
+    op_name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    for key in (name, op_name[1].rpartition("/")[2] if op_name else ""):
+        if key in kernels:
+            return kernels[key], kernels[key]
     if _GEMM.fullmatch(name):
         return _gemm(instruction, operands, out)
     if _FMHA.fullmatch(name):
@@ -89,6 +107,10 @@ def custom_call_flops(
     if name in ("TopK", "__gpu$TopK", "PartialReduce"):
         depth = max(out.dims[-1].bit_length(), 1)  # n log2 k
         return operands[0].size * depth, 0
+    if match := _FACTOR.fullmatch(name):
+        return _factorisation(match.lastgroup or "", operands), 0
+    if name == "tpu_custom_call" and instruction.name.startswith("ragged-dot-metadata"):
+        return sum(leaf.size for leaf in instruction.shape.leaves), 0  # indices
     if name in _KERNELS:
         cost = _find(_config(instruction), "cost_estimate")
         if cost:
@@ -96,9 +118,23 @@ def custom_call_flops(
             return flops + int(cost.get("transcendentals", 0)), flops
     raise ValueError(
         f"custom call {name!r} has no known cost; add it to"
-        f" sharding/hlo/custom_calls.py or give the kernel a cost estimate:"
-        f" {instruction}"
+        " sharding/hlo/custom_calls.py, give the kernel a cost estimate, or name it in"
+        f" `kernels`: {instruction}"
     )
+
+
+def _factorisation(kind: str, operands: list[Shape]) -> int:
+    """Returns FLOPs as in Golub and Van Loan, Matrix Computations, 4th edition."""
+    first = operands[0]
+    rows, columns = first.dims[-2:]
+    if kind == "cholesky":  # n^3 / 3, section 4.2; so is a triangle's inverse
+        return first.size * columns // 3
+    if kind == "lu":  # 2 n^3 / 3, section 3.2
+        return first.size * 2 * columns // 3
+    if kind == "qr":  # 2 n^2 (m - n / 3) of the longer and shorter side, section 5.2
+        long, short = max(rows, columns), min(rows, columns)
+        return first.size // long * 2 * short * (3 * long - short) // 3
+    return operands[1].size * columns  # n^2 for each right-hand side, section 3.1
 
 
 def _gemm(

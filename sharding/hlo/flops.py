@@ -6,6 +6,7 @@ here: `while`, `conditional` and top-level `call` are walked by ledger.py.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sharding.hlo.custom_calls import custom_call_flops
@@ -29,9 +30,15 @@ class Flops(NamedTuple):
 
 
 class FlopCounter:
-    """Counts the FLOPs of instructions of one module."""
+    """Counts the FLOPs of instructions of one module.
 
-    def __init__(self, module: Module):
+    Args:
+      module: the program.
+      kernels: FLOPs of custom calls that the caller knows; see custom_calls.py.
+    """
+
+    def __init__(self, module: Module, kernels: Mapping[str, int]):
+        self._kernels = kernels
         self._module = module
         self._bodies: dict[str, Flops] = {}
 
@@ -76,7 +83,7 @@ class FlopCounter:
             )
             return Flops(flops, flops)
         if opcode == "custom-call":
-            return Flops(*custom_call_flops(instruction, operands))
+            return Flops(*custom_call_flops(instruction, operands, self._kernels))
         return Flops(self._of_applying(opcode, instruction, operands))
 
     def _applied(self, instruction: Instruction) -> Flops:

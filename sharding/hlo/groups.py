@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Groups = tuple[tuple[int, ...], ...]
 
+_MAX_DEVICES = 1 << 20
 _IOTA = re.compile(r"\[([\d,]+)\]\s*<=\s*\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
     r"mesh\[(?P<axes>[^\]]*)\]"
@@ -48,8 +49,8 @@ def parse_groups(text: str, num_devices: int) -> Groups:
         return groups or (tuple(range(num_devices)),)
     if match := _IOTA.fullmatch(stripped):
         sizes, dims, order = (_ints(g) for g in match.groups(default=""))
-        ids = _iota(dims, order)
-        if math.prod(sizes) == len(ids):
+        ids = _iota(dims, order) if _is_sane(dims, order) else ()
+        if ids and math.prod(sizes) == len(ids):
             # The leading sizes number the groups, the last is a group's size.
             return _chunks(ids, sizes[-1])
     if match := _MESH.fullmatch(stripped):
@@ -70,6 +71,12 @@ def _chunks(ids: Sequence[int], size: int) -> Groups:
     return tuple(tuple(ids[i : i + size]) for i in range(0, len(ids), size))
 
 
+def _is_sane(dims: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether these can be the sizes, and a permutation, of so many devices."""
+    permuted = not order or sorted(order) == list(range(len(dims)))
+    return permuted and 0 < math.prod(dims) <= _MAX_DEVICES
+
+
 def _iota(dims: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     """Returns arange(prod(dims)).reshape(dims).transpose(order).flatten()."""
     strides = [math.prod(dims[d + 1 :]) for d in range(len(dims))]
@@ -88,10 +95,13 @@ def _mesh_groups(match: re.Match[str], num_devices: int) -> Groups | None:
         names.append(found[1])
         sizes.append(int(found[2]))
     count = math.prod(sizes)
+    if not _is_sane(sizes, ()):
+        return None
     ids = tuple(range(count))
     if match["ids"] is not None:
         if reshaped := _RESHAPED.fullmatch(match["ids"].strip()):
-            ids = _iota(_ints(reshaped[1]), _ints(reshaped[2] or ""))
+            dims, order = _ints(reshaped[1]), _ints(reshaped[2] or "")
+            ids = _iota(dims, order) if _is_sane(dims, order) else ()
         else:
             ids = _ints(match["ids"])
     if len(ids) != count or sorted(ids) != list(range(count)):

@@ -32,13 +32,20 @@ from sharding.hlo.traffic import TrafficCounter
 _FLOPS_PER_BYTE = 256
 
 
-def read_ledger(text: str, axes: Mapping[str, int] | None = None) -> Ledger:
+def read_ledger(
+    text: str,
+    axes: Mapping[str, int] | None = None,
+    *,
+    kernels: Mapping[str, int] | None = None,
+) -> Ledger:
     """Returns the ledger of optimised HLO text.
 
     Args:
       text: what `compiled.as_text()` returns, for CPU, GPU or TPU.
       axes: sizes of the mesh axes by name, in mesh order; device ids in the text
         are positions in `mesh.devices.flat`. None: collectives show device ids.
+      kernels: FLOPs of one execution of hand-written kernels that carry no cost
+        estimate, by custom call target or by the last part of their op_name.
 
     Raises:
       ValueError: text that cannot be read, an operation whose cost is not known,
@@ -51,8 +58,14 @@ def read_ledger(text: str, axes: Mapping[str, int] | None = None) -> Ledger:
             f"axes {dict(axes)} are {namer.num_devices} devices, the program runs on"
             f" {module.num_devices}; pass the mesh it was compiled for."
         )
-    walker = _Walker(module, namer)
-    walker.walk(module.entry, Scope(), "")
+    walker = _Walker(module, namer, kernels or {})
+    try:
+        walker.walk(module.entry, Scope(), "")
+    except RecursionError:
+        raise ValueError(
+            "computations call each other in a circle, or hundreds deep; compilers do"
+            " neither. Pass the text as it was printed."
+        ) from None
     return walker.ledger()
 
 
@@ -83,9 +96,9 @@ class _Tally:
 class _Walker:
     """Runs through a program as a device would, once for each loop body."""
 
-    def __init__(self, module: Module, namer: AxisNamer):
+    def __init__(self, module: Module, namer: AxisNamer, kernels: Mapping[str, int]):
         self._module = module
-        self._flops = FlopCounter(module)
+        self._flops = FlopCounter(module, kernels)
         self._traffic = TrafficCounter(
             module,
             # TPU numbers its on-chip memories and the host; on GPU 1 is device memory
@@ -132,7 +145,7 @@ class _Walker:
     ) -> None:
         try:
             self._count(instruction, computation, count, loop)
-        except (ArithmeticError, LookupError, RecursionError, TypeError) as error:
+        except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(
                 f"the parts do not fit together ({error!r}): {instruction}"
             ) from error

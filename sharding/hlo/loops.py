@@ -24,7 +24,7 @@ from sharding.hlo.shapes import Shape
 Expression = Any
 State = dict[int, Expression]  # carried element -> int or constant expression
 
-_MAX_STEPS = 65536  # iterations run one by one; longer loops need an affine counter
+_MAX_STEPS = 8192  # iterations run one by one; longer loops need an affine counter
 _MAX_DEPTH = 150  # instructions from a counter back to its constant
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SAME = frozenset([
@@ -196,22 +196,26 @@ def _run(
 
 def _affine(state: State, step: tuple[Expression, ...], test: Expression) -> int | None:
     """Returns the trip count of `for (i = a; i < b; i += c)`, else None."""
-    if not (isinstance(test, tuple) and test[0] in ("LT", "LE")):
+    if not (isinstance(test, tuple) and test[0] in ("LT", "LE", "GT", "GE", "NE")):
         return None
     counter, bound = test[1], evaluate(test[2], state)
     if not (isinstance(counter, tuple) and counter[0] == "state"):
         return None
-    key, move = counter[1], step[counter[1]]
-    if not (isinstance(move, tuple) and move[0] == "add" and len(move) == 3):
+    start, move = state.get(counter[1]), step[counter[1]]
+    if not (isinstance(move, tuple) and move[0] in ("add", "subtract")):
         return None
-    by = next((m for m in move[1:] if isinstance(m, int)), None)
-    start = state.get(key)
-    if ("state", key) not in move or not by or by < 0:
+    by = next((m for m in move[1:] if isinstance(m, int)), 0)
+    by = -by if move[0] == "subtract" else by
+    if counter not in move or (move[0] == "subtract" and move[1] != counter):
         return None
-    if not isinstance(start, int) or not isinstance(bound, int):
+    if not (by and isinstance(start, int) and isinstance(bound, int)):
         return None
-    bound += test[0] == "LE"
-    return max(0, -(-(bound - start) // by))
+    distance = (bound - start) * (1 if by > 0 else -1)
+    if test[0] == "NE":
+        return distance // abs(by) if distance >= 0 == distance % by else None
+    if (test[0] in ("LT", "LE")) != (by > 0):
+        return None
+    return max(0, -(-(distance + (test[0] in ("LE", "GE"))) // abs(by)))
 
 
 def evaluate(expression: Expression, state: State) -> Expression:

@@ -295,6 +295,8 @@ def read_module(text: str) -> Module:
         elif (line.rstrip().endswith("{") and "->" in line) or line.startswith("ENTRY"):
             words = line.split(None, 2)
             is_entry = words[0] == "ENTRY"
+            if len(words) < 2:
+                raise ValueError(f"cannot read line: {line}")
             name = words[1 if is_entry else 0].lstrip("%").partition("(")[0]
         elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
             section = tables.setdefault(line, [])
