@@ -256,13 +256,9 @@ def main(target_name: str, program: str) -> None:
         axis_types=(AxisType.Auto,) * len(sizes),
     )
     function, arguments, donated = make(mesh)
-    text = (
-        jax.jit(function, donate_argnums=donated)
-        .lower(*arguments)
-        .compile()
-        .as_text()
-        .replace(str(HERE) + os.sep, "")
-    )
+    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+    text = lowered.compile().as_text() or ""
+    text = text.replace(str(HERE) + os.sep, "")
     version = ".".join(jax.__version__.split(".")[:2])
     text = re.sub(r' (scheduling|deduplicated)_name="[^"]*"', "", text)
     text = re.sub(r"(?m)^(?!.*(known_trip|custom-call)).*", _without_config, text)
