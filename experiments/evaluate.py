@@ -170,7 +170,7 @@ def evaluate(point: Point) -> Record:
                 partition=partition,
                 workload=workload,
                 dtype=point.dtype,
-                layers=layers_of(phase, partition, point.layers),
+                layers=layers_of(phase, partition, target.platform, point.layers),
             )
             for phase in _PHASES
         )
@@ -195,10 +195,10 @@ def evaluate(point: Point) -> Record:
         try:
             compiled = program.compile(target)
         except jax.errors.JaxRuntimeError as error:
-            too_large = _too_large(str(error))
-            if too_large is None:
+            exceeded = too_large(str(error))
+            if exceeded is None:
                 raise
-            needed, memory["available_bytes"] = too_large
+            needed, memory["available_bytes"] = exceeded
             memory["needed_bytes"] = needed
             reason = (
                 f"The compiler refused {program.phase}: weights"
@@ -226,16 +226,22 @@ def evaluate(point: Point) -> Record:
     return record(status="ok", **phases, **memory, **found)
 
 
-def layers_of(phase: str, partition: Partition, asked: str) -> Any:
+def layers_of(phase: str, partition: Partition, platform: str, asked: str) -> Any:
     """Returns how the layers of a phase are written, "unrolled" or "scanned".
 
-    A loop over stacked weights copies each layer's slice before using it: bytes that
-    a decode step, or a small micro-batch of a pipeline, notices. A whole prompt does
-    not, and compiles ten times faster so.
+    A loop compiles up to ten times faster, but may copy each layer's slice of the
+    stacked weights and cache before using it. With "auto" a phase is a loop where
+    that hardly shows: while whole prompts are read, and in pipelines on TPUs, whose
+    compiler reads the slices in place. GPU pipelines pay for the copy with every
+    micro-batch, and a decode step of one stage has little else to do than to read.
     """
     if asked != "auto":
         return asked
-    return "scanned" if phase == "prefill" and partition.stage == 1 else "unrolled"
+    if platform == "tpu":
+        looped = phase == "prefill" or partition.stage > 1
+    else:
+        looped = phase == "prefill" and partition.stage == 1
+    return "scanned" if looped else "unrolled"
 
 
 def price(
@@ -284,7 +290,7 @@ def _parts(found: Estimate) -> TimeParts:
     )
 
 
-def _too_large(message: str) -> tuple[int, int] | None:
+def too_large(message: str) -> tuple[int, int] | None:
     """Returns needed and available bytes if that is what XLA complains about."""
     if not (found := _TOO_LARGE.search(message)):
         return None

@@ -4,6 +4,10 @@ A few lines of roofline arithmetic for Llama-3.1-70B stand in for the compiler, 
 that winners, frontiers and points that do not fit come out as they would.
 """
 
+import os
+import signal
+import time
+
 from experiments.report.record import (
     CollectiveRow,
     MemoryRow,
@@ -97,6 +101,28 @@ def evaluate(p: Point) -> Record:
         decode=decode[0],
         **times,
     )
+
+
+def no_setup() -> None:
+    """Prepares nothing."""
+
+
+def slowly(point: Point) -> Record:
+    """Takes long enough to be interrupted."""
+    time.sleep(0.3)
+    return fakes.evaluate(point)
+
+
+def badly(point: Point) -> Record:
+    """Dies, fails or is killed at some points, as a compiler might."""
+    if point.partition == "tp4_pp2":
+        os.write(2, b"F0000 everything is lost\n")
+        os.abort()
+    if point.partition == "pp8":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if point.partition == "tp2_pp4":
+        raise ValueError("cannot read this instruction: %fusion.7")
+    return fakes.evaluate(point)
 
 
 def failed(p: Point, reason: str) -> Record:

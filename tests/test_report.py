@@ -162,11 +162,9 @@ class TestPage:
 
         class Reader(html.parser.HTMLParser):
             def handle_starttag(self, tag, attrs) -> None:
-                for name, value in attrs:
-                    if name in ("src", "href", "action", "data", "srcset", "poster"):
-                        outside.extend(
-                            [value] if not str(value).startswith("#") else []
-                        )
+                loads = ("src", "href", "action", "data", "srcset", "poster")
+                values = [str(value) for name, value in attrs if name in loads]
+                outside.extend(v for v in values if not v.startswith("#"))
 
         ours = re.sub(r"<script>.*?</script>", "", self.page, flags=re.DOTALL)
         Reader().feed(ours)

@@ -1,8 +1,7 @@
 """A sweep loses nothing: not to a kill, not to a crash, not to a bad question."""
 
-import os
+import dataclasses
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -10,11 +9,14 @@ import time
 import pytest
 from rich.console import Console
 
+from experiments import evaluate
 from experiments.report import store
-from experiments.report.record import Point, Record
+from experiments.report.record import Record
 from experiments.report.store import Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
+from sharding.partition import Partition
+from sharding.target import parse_target
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,36 +29,16 @@ from rich.console import Console
 from experiments.report.store import Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
-from tests import fakes, test_tradeoff as t
+from tests import fakes
 if __name__ == "__main__":
-    with Workers(2, t.no_setup) as workers, Store(pathlib.Path(sys.argv[1])) as store:
-        sweep(t.POINTS, t.slowly, store, workers, Console())
+    folder = pathlib.Path(sys.argv[1])
+    with Workers(2, fakes.no_setup) as workers, Store(folder) as store:
+        sweep(fakes.points()[:7], fakes.slowly, store, workers, Console())
 """
 
 
-def no_setup() -> None:
-    pass
-
-
-def slowly(point: Point) -> Record:
-    time.sleep(0.3)
-    return fakes.evaluate(point)
-
-
-def badly(point: Point) -> Record:
-    """Dies, fails or is killed at some points, as a compiler might."""
-    if point.partition == "tp4_pp2":
-        os.write(2, b"F0000 everything is lost\n")
-        os.abort()
-    if point.partition == "pp8":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if point.partition == "tp2_pp4":
-        raise ValueError("cannot read this instruction: %fusion.7")
-    return fakes.evaluate(point)
-
-
 def _sweep(folder: pathlib.Path, evaluate, jobs: int = 2) -> list[Record]:
-    with Workers(jobs, no_setup) as workers, Store(folder) as opened:
+    with Workers(jobs, fakes.no_setup) as workers, Store(folder) as opened:
         return sweep(POINTS, evaluate, opened, workers, Console(quiet=True))
 
 
@@ -75,7 +57,7 @@ def test_finds_the_same_with_one_worker_and_two(
 def test_a_crash_costs_one_point(
     tmp_path: pathlib.Path, expected: list[Record]
 ) -> None:
-    found = _sweep(tmp_path, badly)
+    found = _sweep(tmp_path, fakes.badly)
     reasons = {r.partition: r.reason for r in found if r.status == "failed"}
     assert reasons.keys() == {"tp4_pp2", "pp8", "tp2_pp4"}
     assert "SIGABRT. Its last words: F0000 everything is lost" in str(
@@ -94,7 +76,7 @@ def test_a_crash_costs_one_point(
 def test_a_finished_sweep_evaluates_nothing(tmp_path: pathlib.Path) -> None:
     first = _sweep(tmp_path, fakes.evaluate)
     before = (tmp_path / store.FILE_NAME).read_bytes()
-    assert _sweep(tmp_path, badly) == first
+    assert _sweep(tmp_path, fakes.badly) == first
     assert (tmp_path / store.FILE_NAME).read_bytes() == before
 
 
@@ -198,3 +180,53 @@ def test_the_whole_road_on_virtual_devices(tmp_path: pathlib.Path) -> None:
     again = _tradeoff(*ask)
     assert "6 of 6 points are in" in again.stdout
     assert store.read_records(tmp_path)[0] == records
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "expected"),
+    [
+        ("cuda", "tp8", ("scanned", "unrolled")),
+        ("cuda", "tp4_pp2", ("unrolled", "unrolled")),
+        ("tpu", "tp8", ("scanned", "unrolled")),
+        ("tpu", "tp4_pp2", ("scanned", "scanned")),
+    ],
+)
+def test_layers_are_a_loop_where_its_copies_do_not_show(
+    platform: str, name: str, expected: tuple[str, str]
+) -> None:
+    partition = Partition.parse(name)
+    for phase, layers in zip(("prefill", "decode"), expected, strict=True):
+        assert evaluate.layers_of(phase, partition, platform, "auto") == layers
+        assert evaluate.layers_of(phase, partition, platform, "scanned") == "scanned"
+
+
+def test_a_refusal_for_memory_is_read_in_bytes() -> None:
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the"
+        " total memory required for HLO temporaries (19.08G) exceeds available HBM"
+        " (15.75G). HLO module: jit__decode_whole."
+    )
+    found = evaluate.too_large(message)
+    assert found == (int(19.08 * 2**30), int(15.75 * 2**30))
+    assert evaluate.too_large("INTERNAL: RET_CHECK failure") is None
+
+
+def test_what_cannot_fit_is_not_compiled() -> None:
+    """405B in bfloat16 is 812 GB; a node of 8 x 80 GB has 85 GB a device."""
+    target = parse_target("cpu:8", "h100")
+    point = dataclasses.replace(
+        fakes.point(model="llama-3.1-405b"),
+        target="cpu:8",
+        context={"priced_as": "h100"},
+    )
+    record = evaluate.evaluate(point)
+    assert (record.status, record.origin, record.fits) == (
+        "does not fit",
+        "modelled",
+        False,
+    )
+    assert (
+        record.require("needed_bytes") > 812e9 / 8 > record.require("available_bytes")
+    )
+    assert record.available_bytes == target.chip.hbm_bytes
+    assert "Weights 101 GB and KV cache" in str(record.reason)

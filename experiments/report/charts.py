@@ -151,7 +151,10 @@ def against_batch(
 def time_parts(
     question: Question, batch_size: int, name: str, colour: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Returns stacked bars of `ttft_parts_s` or `tpot_parts_s` at one batch size."""
+    """Returns stacked bars of `ttft_parts_s` or `tpot_parts_s` at one batch size.
+
+    A dark tick on each bar is its limit.
+    """
     records = [r for r in question.ok if r.batch_size == batch_size][::-1]
     parts = [dict(getattr(r, name).items()) for r in records]
     totals = [getattr(r, name).total_s for r in records]
@@ -175,6 +178,18 @@ def time_parts(
             ],
             hovertemplate="%{y}: %{customdata}<extra></extra>",
         )
+    limits = [r.require(name.replace("parts", "limit")) for r in records]
+    figure.add_scatter(
+        y=labels,
+        x=[limit / size for limit in limits],
+        mode="markers",
+        marker=dict(symbol="line-ns", size=17, line=dict(color=_INK, width=2)),
+        customdata=[
+            f"limit {units.seconds(limit)}, reached to {units.percent(limit / total)}"
+            for limit, total in zip(limits, totals, strict=True)
+        ],
+        hovertemplate="%{y}: %{customdata}<extra></extra>",
+    )
     _totals(figure, labels, [t / size for t in totals], map(units.seconds, totals))
     return _bars(figure, len(records), f"{unit}", 1.22 * max(totals) / size)
 
@@ -182,16 +197,20 @@ def time_parts(
 def memory(question: Question, batch_size: int) -> dict[str, Any] | None:
     """Returns stacked bars of a device's memory against its capacity, in GB.
 
-    Points that do not fit are included, paler, where their sizes are known.
+    Points that do not fit are included: paler, or only as a figure where the compiler
+    did not say what takes how much.
     """
-    found = [(r, fullest(r)) for r in question.records if r.batch_size == batch_size]
-    rows = [(r, phase) for r, phase in found if phase is not None][::-1]
+    rows = [
+        (r, phase.memory.items() if (phase := fullest(r)) else [])
+        for r in question.records
+        if r.batch_size == batch_size and r.needed_bytes is not None
+    ][::-1]
     if not rows:
         return None
     labels = _labels(question, [r for r, _ in rows])
     figure = go.Figure()
-    for i, (category, shade) in enumerate(MEMORY_COLOURS.items()):
-        values = [phase.memory.items()[i][1] for _, phase in rows]
+    for category, shade in MEMORY_COLOURS.items():
+        values = [dict(parts).get(category, 0) for _, parts in rows]
         figure.add_bar(
             y=labels,
             x=[v / 1e9 for v in values],
@@ -205,17 +224,16 @@ def memory(question: Question, batch_size: int) -> dict[str, Any] | None:
             customdata=[f"{category} {units.bytes_(v)}" for v in values],
             hovertemplate="%{y}: %{customdata}<extra></extra>",
         )
-    ends = [sum(b for _, b in phase.memory.items()) for _, phase in rows]
+    ends = [sum(size for _, size in parts) for _, parts in rows]
     texts = [
-        units.bytes_(r.needed_bytes or end) + ("" if r.status == "ok" else " ✕")
-        for (r, _), end in zip(rows, ends, strict=True)
+        units.bytes_(r.require("needed_bytes")) + ("" if r.status == "ok" else " ✕")
+        for r, _ in rows
     ]
-    capacity = max(r.available_bytes or 0 for r, _ in rows)
+    capacity = max(r.require("available_bytes") for r, _ in rows)
     # A point that needs many times the capacity would hide all the others.
-    limit = min(max(*ends, capacity), 2 * capacity) if capacity else max(ends)
+    limit = min(max(*ends, capacity), 2 * capacity)
     _totals(figure, labels, [min(e, 0.99 * limit) / 1e9 for e in ends], texts)
-    if capacity:
-        figure.add_vline(x=capacity / 1e9, line=dict(color="#b3333b", width=1.5))
+    figure.add_vline(x=capacity / 1e9, line=dict(color="#b3333b", width=1.5))
     return _bars(figure, len(rows), "GB", 1.25 * limit / 1e9)
 
 
@@ -264,11 +282,10 @@ def _time_unit(value_s: float) -> tuple[float, str]:
 
 
 def _log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Returns a logarithmic axis with ticks at 1, 2, 5, 10, ... and their names."""
+    """Returns a logarithmic axis with ticks at round values."""
     known = [v for v in values if v is not None]
-    ticks = [m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)]
-    low, high = min(known, default=1) / 2.5, max(known, default=1) * 2.5
-    shown = [t for t in ticks if low <= t <= high]
+    # A little more than the values, for the axis reaches further.
+    shown = units.ticks(min(known, default=1) / 1.5, max(known, default=1) * 1.5)
     return dict(
         title=title,
         type="log",
@@ -291,8 +308,8 @@ def _mark(figure: go.Figure, axis: str, value: float, text: str) -> None:
         text=text,
         font=dict(color=_FAINT, size=11),
         showarrow=False,
-        **{axis: math.log10(value), f"{other}": 1, f"{other}ref": f"{other} domain"},
-        **{f"{other}anchor": {"y": "top", "x": "right"}[other]},
+        **{axis: math.log10(value), f"{other}ref": f"{other} domain"},
+        **{"y": {"y": 1, "yanchor": "top"}, "x": {"x": 0, "xanchor": "left"}}[other],
         **{f"{axis}anchor": {"x": "left", "y": "bottom"}[axis]},
     )
 

@@ -66,13 +66,20 @@ def points(question: Question, objective: Objective) -> Table:
 
 
 def turned_down(question: Question) -> Table:
-    """Returns one row for each point without figures, with its reason."""
-    headings = ["batch", "partition", "status", "why"]
+    """Returns one row for each reason why points have no figures, with the points."""
+    batches: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for r in question.not_ok:
+        by_series = batches.setdefault((r.status, words.reason_line(r)), {})
+        by_series.setdefault(question.label(r), []).append(str(r.batch_size))
     rows = [
-        [str(r.batch_size), question.label(r), r.status, words.reason_line(r)]
-        for r in question.not_ok
+        [
+            status,
+            "; ".join(f"{name} at {', '.join(b)}" for name, b in by_series.items()),
+            why,
+        ]
+        for (status, why), by_series in sorted(batches.items())
     ]
-    return headings, rows
+    return ["status", "points, at batch", "why"], rows
 
 
 def flops(question: Question) -> Table:

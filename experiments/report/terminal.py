@@ -28,6 +28,8 @@ _COLOURS = (
     "blue", "red", "green", "magenta", "dark_orange", "cyan", "yellow4",
     "deep_pink2", "spring_green4", "purple",
 )  # fmt: skip
+# Columns that a narrow console goes without, the first first.
+_DISPENSABLE = ("limited by", "% of limit", "tokens/s", "memory", "frontier")
 # Bit of each of a braille character's 2 x 4 dots, [row][column]; U+2800 is empty.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
@@ -47,8 +49,7 @@ def show(console: Console, question: Question, objective: Objective) -> None:
         for line in scatter(question, width=min(console.width, 100)):
             console.print(line, no_wrap=True, overflow="crop")
         console.print()
-        table = tables.points(question, objective)
-        console.print(_table(table, group_by=0, drop={"limited by"}))
+        console.print(_fitting(console, tables.points(question, objective)))
     if question.not_ok:
         console.print("\n[bold]Without an answer, and why[/]")
         console.print(_table(tables.turned_down(question)))
@@ -90,9 +91,8 @@ def scatter(question: Question, *, width: int = 80, height: int = 18) -> list[Te
         style = _COLOURS[i % len(_COLOURS)] + (" bold" if r.key in keys else "")
         place = (rows - 1 - int(y_of(_y(r)) * rows), int(x_of(_x(r)) * columns))
         marks[place] = (_letter(i), style)
-    ticks = {
-        rows - 1 - int(y_of(v) * rows): v for v in _ticks([_y(r) for r in question.ok])
-    }
+    xs, ys = [_x(r) for r in question.ok], [_y(r) for r in question.ok]
+    ticks = {rows - 1 - int(y_of(v) * rows): v for v in units.ticks(min(ys), max(ys))}
     lines = [Text("tokens/s/chip", style="dim")]
     for row in range(rows):
         name = units.tick(ticks[row]) if row in ticks else ""
@@ -104,7 +104,7 @@ def scatter(question: Question, *, width: int = 80, height: int = 18) -> list[Te
                 line = Text.assemble(line[:at], (letter, style), line[at + 1 :])
         lines.append(line)
     axis, names = ["─"] * columns, [" "] * (columns + margin)
-    for value in _ticks([_x(r) for r in question.ok]):
+    for value in units.ticks(min(xs), max(xs)):
         column, name = int(x_of(value) * columns), units.tick(value)
         start = margin + column - len(name) // 2
         if column >= columns or start + len(name) > len(names):
@@ -126,6 +126,16 @@ def series(question: Question) -> list[str]:
     """Returns the names of the series with figures, in the order of partitions."""
     found = {question.label(r): partition_order(r.partition) for r in question.ok}
     return sorted(found, key=lambda label: (found[label], label))
+
+
+def _fitting(console: Console, table: tables.Table) -> Table:
+    """Returns the table without the columns that the console has no room for."""
+    out, wide = _table(table, group_by=0), console.options.update(max_width=1000)
+    for i in range(1, len(_DISPENSABLE) + 1):
+        if console.measure(out, options=wide).maximum <= console.width:
+            break
+        out = _table(table, group_by=0, drop=set(_DISPENSABLE[:i]))
+    return out
 
 
 def _table(
@@ -173,14 +183,6 @@ def _scale(values: Sequence[float], cells: int):
     edge = 0.5 / cells * (high - low)
     low, high = low - edge, high + edge
     return lambda value: min((math.log(value) - low) / (high - low), 1 - 1e-9)
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Returns 1, 2, 5, 10, ... between the least and the greatest value."""
-    low, high = min(values), max(values)
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
-    return [s for s in steps if low <= s <= high]
 
 
 def _line(

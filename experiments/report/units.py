@@ -3,6 +3,12 @@
 Bytes are decimal (1 GB = 1e9 bytes), as chip makers and links count them.
 """
 
+_STEPS = (
+    (1,),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 6, 8),
+    (1, 1.2, 1.5, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
+)
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _COUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -30,6 +36,22 @@ def tick(value: float) -> str:
       ('0.5', '20', '5,000')
     """
     return f"{value:,.10g}"
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Returns round values between two, for a logarithmic axis; about 4 to 9.
+
+    Example:
+      >>> ticks(3, 60), ticks(1.5, 25)
+      ([5.0, 10.0, 20.0, 50.0], [2.0, 5.0, 10.0, 20.0])
+    """
+    found: list[float] = []
+    for steps in _STEPS:
+        found = [m * 10.0**e for e in range(-12, 16) for m in steps]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 4:
+            break
+    return found
 
 
 def seconds(value: float) -> str:

@@ -54,13 +54,23 @@ METRICS = (
     ),
 )
 
+_OUTCOMES = (
+    ("ok", "fits", "fit"),
+    ("does not fit", "does not fit", "do not fit"),
+    ("refused", "refused", "refused"),
+    ("failed", "failed", "failed"),
+)
+
 ORIGIN = {
     "compiled": (
         "FLOPs, bytes, memory and collectives are read from programs that XLA"
         " compiled; times are a roofline of them with the chip's published rates."
         " Nothing was run."
     ),
-    "modelled": "Figures are closed forms; nothing was compiled.",
+    "modelled": (
+        "Where weights and cache alone are larger than a device's memory, nothing was"
+        " compiled."
+    ),
     "measured": "Times were measured on attached devices.",
 }
 
@@ -114,7 +124,7 @@ class Best:
 
 
 def best(question: Question, batch_size: int) -> list[Best]:
-    """Returns the best TTFT, TPOT and throughput at a batch; [] if nothing fits."""
+    """Returns the best TTFT, TPOT and throughput at a batch; [] if there are none."""
     records = [r for r in question.records if r.batch_size == batch_size]
     ttft, tpot = least(records, "ttft_s"), least(records, "tpot_s")
     rate = most(records, "output_tokens_per_s")
@@ -151,7 +161,7 @@ def answers(question: Question, objective: Objective) -> list[tuple[str, str]]:
     found = []
     for batch in question.batch_sizes:
         bests = best(question, batch)
-        text = "; ".join(map(str, bests)) if bests else "nothing fits"
+        text = "; ".join(map(str, bests)) if bests else "no point has an answer"
         found.append((f"batch {batch}", f"{text}."))
     if objective.given:
         found.append(("objective", met_by(question, objective)))
@@ -222,15 +232,12 @@ def reason_line(record: Record) -> str:
 
 def outcome(question: Question) -> str:
     """Returns e.g. "18 points: 15 fit, 2 do not fit, 1 refused"."""
-    names = {
-        "ok": "fit", "does not fit": "do not fit", "refused": "refused",
-        "failed": "failed",
-    }  # fmt: skip
-    counts = {
-        name: sum(r.status == status for r in question.records)
-        for status, name in names.items()
-    }
-    parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    counts = [
+        (name if n == 1 else many, n)
+        for status, name, many in _OUTCOMES
+        if (n := sum(r.status == status for r in question.records))
+    ]
+    parts = ", ".join(f"{n} {name}" for name, n in counts)
     total = len(question.records)
     return f"{total} point{'s' * (total != 1)}: {parts}"
 
