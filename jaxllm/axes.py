@@ -21,7 +21,8 @@ of these strings, or with None where a dimension is never split. What a name
 
 Never split, hence written None: the G query heads of one group (N = K * G query
 heads in all), the G + 2 slots of a fused query/key/value projection, and the two
-halves of a fused gate/up projection. The letters are those of
+halves of a fused gate/up projection. P = H / 2 counts the pairs of coordinates that
+rotary embedding turns. The letters are those of
 https://jax-ml.github.io/scaling-book/transformers.
 
 `batch` and `cache_batch` are told apart because a weight-stationary partition

@@ -60,10 +60,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and not value > 0:
+            if field.type not in (int, float):
+                continue
+            if type(value) not in (int, field.type) or not value > 0:
                 raise ValueError(
-                    f"{field.name}={value} of a model must be positive; correct the"
-                    " config."
+                    f"{field.name}={value!r} of a model must be a positive"
+                    f" {field.type.__name__}; correct the config."
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -8,7 +8,6 @@ compiler likes, with columns ordered so that every shard holds whole pieces.
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import ModelConfig, RopeScaling
 
-
-class Place(Protocol):
-    """Pins activation `x`, whose dimensions are `names`, to a layout; returns it."""
-
-    def __call__(self, x: Array, names: tuple[str | None, ...]) -> Array: ...
+# Pins an activation, whose dimensions are named, to a layout; returns it.
+Place = Callable[[Array, tuple[str | None, ...]], Array]
 
 
 def anywhere(x: Array, names: tuple[str | None, ...]) -> Array:
@@ -62,7 +58,7 @@ class RMSNorm(nnx.Module):
 
 def rotary_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None
-) -> Float[Array, " H/2"]:
+) -> Float[Array, " P"]:
     """Returns the angle by which each pair of coordinates turns per position.
 
     Su et al. 2021, arXiv:2104.09864, with the stretching described at
@@ -81,7 +77,7 @@ def rotary_frequencies(
 
 
 def rotate(
-    x: Float[Array, "B T K G H"], angles: Float[Array, "B T H/2"]
+    x: Float[Array, "B T K G H"], angles: Float[Array, "B T P"]
 ) -> Float[Array, "B T K G H"]:
     """Turns coordinate pairs (i, i + H/2) of every head by `angles`, in float32."""
     cos = jnp.cos(angles)[:, :, None, None, :]
@@ -121,7 +117,7 @@ class Attention(nnx.Module):
     def project_in(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T P"],
         place: Place = anywhere,
     ) -> tuple[
         Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
@@ -190,7 +186,7 @@ class MLP(nnx.Module):
 
 def angles_at(
     positions: Int[Array, "B T"], config: ModelConfig
-) -> Float[Array, "B T H/2"]:
+) -> Float[Array, "B T P"]:
     """Returns the rotary angles of `positions`, in radians, float32."""
     frequencies = rotary_frequencies(
         config.head_dim, config.rope_theta, config.rope_scaling

@@ -41,7 +41,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T P"],
         cache: CacheLayer,
         attend: Attend,
         place: Place = anywhere,
@@ -185,7 +185,7 @@ def run_blocks(
     blocks: Tree,
     caches: Sequence[KV] | KV,
     x: Float[Array, "B T D"],
-    angles: Float[Array, "B T H/2"],
+    angles: Float[Array, "B T P"],
     attend: Attend,
     place: Place = anywhere,
     *,

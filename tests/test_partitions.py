@@ -1,0 +1,144 @@
+"""Partitions change where the model runs, not what it computes."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxllm.config import PRESETS
+from jaxllm.model import init_params
+from sharding.layout import Layout
+from sharding.mesh import make_mesh
+from sharding.partition import Partition, Workload
+from sharding.program import Program
+from sharding.run import generate
+from sharding.target import parse_target
+
+BATCH, PROMPT, TOKENS = 16, 12, 9
+
+
+def run(
+    model: str, name: str, rules: str, layers: str, ragged: bool, batch: int
+) -> tuple[np.ndarray, np.ndarray, Layout]:
+    """Returns tokens [TOKENS, B] and logits [TOKENS, B, V] of greedy decoding."""
+    config, partition = PRESETS[model], Partition.parse(name, rules)
+    target = parse_target(f"cpu:{partition.num_devices}")
+    prefill, decode = (
+        Program(
+            phase=phase,
+            config=config,
+            partition=partition,
+            workload=Workload(
+                batch_size=batch, input_len=PROMPT, output_len=TOKENS + 1
+            ),
+            dtype="float32",
+            layers=layers,
+            ragged=ragged,
+            with_logits=True,
+        )
+        for phase in ("prefill", "decode")
+    )
+    layout = prefill.layout
+    mesh = make_mesh(target.mesh_devices(partition.shape))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.vocab_size, (batch, PROMPT), np.int32)
+    lengths = (rng.integers(3, PROMPT + 1, batch, np.int32),) if ragged else ()
+    steps = generate(
+        prefill.compile(target),
+        decode.compile(target),
+        layout,
+        layout.place_params(parameters(model), mesh),
+        layout.zeros(layout.named_state(), mesh),
+        prompts,
+        *lengths,
+    )
+    tokens, logits = zip(*itertools.islice(steps, TOKENS), strict=True)
+    return np.stack(tokens), np.stack(logits), layout
+
+
+@functools.cache
+def parameters(model: str):
+    return init_params(PRESETS[model], "float32")
+
+
+@functools.cache
+def one_device(model: str, ragged: bool, batch: int):
+    return run(model, "tp1", "megatron", "unrolled", ragged, batch)
+
+
+CASES = [
+    # Scanned layers, one device.
+    ("tiny", "tp1", "megatron", "scanned", False, BATCH),
+    ("tiny", "tp2", "megatron", "unrolled", False, BATCH),
+    # More tensor devices than the 4 key/value heads.
+    ("tiny", "tp8", "megatron", "scanned", False, BATCH),
+    ("tiny", "tp8", "kv_seq", "unrolled", False, BATCH),
+    ("tiny", "tp4", "sequence", "unrolled", False, BATCH),
+    ("tiny", "dp2_tp4", "two_d", "unrolled", False, BATCH),
+    ("tiny", "tp2", "replicated", "scanned", False, BATCH),
+    ("tiny", "dp8", "megatron", "scanned", False, BATCH),
+    ("tiny", "dp2_tp4", "megatron", "unrolled", False, BATCH),
+    # 9 layers: uneven stages everywhere.
+    ("tiny", "pp2", "megatron", "unrolled", False, BATCH),
+    ("tiny", "pp4", "megatron", "scanned", False, BATCH),
+    ("tiny", "pp8", "megatron", "unrolled", False, BATCH),
+    # Fewer sequences than stages: one group walks through.
+    ("tiny", "pp8", "megatron", "scanned", False, 2),
+    ("tiny", "tp4_pp2", "megatron", "unrolled", False, 1),
+    ("tiny", "tp2_pp4", "megatron", "unrolled", False, BATCH),
+    ("tiny", "tp4_pp2", "sequence", "scanned", False, BATCH),
+    ("tiny", "tp4_pp2", "kv_seq", "scanned", False, BATCH),
+    ("tiny", "dp2_tp2_pp2", "two_d", "scanned", False, BATCH),
+    ("tiny", "dp2_tp2_pp2", "megatron", "unrolled", False, BATCH),
+    ("tiny-tied", "tp2_pp4", "megatron", "unrolled", False, BATCH),
+    ("tiny-tied", "dp2_tp4", "kv_seq", "scanned", False, BATCH),
+    # Prompts of different lengths, each with its own position.
+    ("tiny", "tp4", "megatron", "scanned", True, BATCH),
+    ("tiny", "tp4", "kv_seq", "scanned", True, BATCH),
+    ("tiny", "dp2_tp2_pp2", "megatron", "scanned", True, BATCH),
+    ("tiny", "pp8", "megatron", "scanned", True, 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "rules", "layers", "ragged", "batch"),
+    CASES,
+    ids=["-".join(map(str, case)) for case in CASES],
+)
+def test_equals_one_device(
+    model: str, name: str, rules: str, layers: str, ragged: bool, batch: int
+) -> None:
+    tokens, logits, layout = run(model, name, rules, layers, ragged, batch)
+    expected_tokens, expected_logits, _ = one_device(model, ragged, batch)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    assert layout.groups in (1, layout.partition.stage)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "path", "shape"),
+    [
+        # Whole [48, 4 * (2 + 2) * 10] and [48, 2 * 112].
+        ("tp4", "megatron", "w_qkv", (48, 40)),
+        ("tp8", "megatron", "w_qkv", (48, 30)),  # heads twice: [48, 8 * (1 + 2) * 10]
+        ("tp4", "megatron", "w_gate_up", (48, 56)),
+        ("dp2_tp4", "two_d", "w_gate_up", (24, 56)),
+        ("tp4", "replicated", "w_gate_up", (48, 224)),
+        ("tp2_pp4", "megatron", "w_gate_up", (1, 48, 112)),
+    ],
+)
+def test_each_device_holds_its_part(
+    name: str, rules: str, path: str, shape: tuple[int, ...]
+) -> None:
+    config, partition = PRESETS["tiny"], Partition.parse(name, rules)
+    workload = Workload(batch_size=8, input_len=12, output_len=4)
+    layout = Layout(
+        config=config, partition=partition, workload=workload, dtype="float32"
+    )
+    target = parse_target(f"cpu:{partition.num_devices}")
+    mesh = make_mesh(target.mesh_devices(partition.shape))
+    placed = layout.place_params(parameters("tiny"), mesh)
+    block = placed.blocks[0]
+    weight = {**block["attention"], **block["mlp"]}[path]
+    assert weight.addressable_shards[0].data.shape == shape
