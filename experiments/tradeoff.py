@@ -18,14 +18,16 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from rich.console import Console
 
-from experiments import evaluate as evaluate_lib
+from experiments import evaluate
 from experiments.evaluate import Ask
 from experiments.report import folder, terminal
 from experiments.report.frontier import Objective, questions
+from experiments.report.record import Record
 from experiments.report.store import FILE_NAME, Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
@@ -93,9 +95,36 @@ def _jobs(ask: Ask) -> int:
     return _JOBS.value or os.cpu_count() or 1
 
 
-def _refuse(wrong: Sequence[str]) -> None:
+def _refuse(wrong: Sequence[str]) -> NoReturn:
     lines = "\n".join(f"  - {text}" for text in wrong)
     sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
+
+
+def _run(
+    ask: Ask, out: pathlib.Path, objective: Objective, console: Console
+) -> list[Record]:
+    """Returns the records of every point of `ask`, having written the reports."""
+    # JAX starts in the workers only.
+    setup = functools.partial(prepare_environment, ask.targets)
+    with Workers(_jobs(ask), setup) as workers:
+        with console.status("Reading the question"):
+            *_, planned = workers.run(evaluate.plan, [ask])
+        points, wrong = planned.value or ([], [planned.reason])
+        if wrong:
+            _refuse(wrong)
+        try:
+            store = Store(out)
+        except (OSError, ValueError) as error:
+            _refuse([str(error)])
+        with store:
+            if store.dropped is not None:
+                console.print(
+                    f"The last line of {out / FILE_NAME} was cut off; its point is"
+                    " done again."
+                )
+            records = sweep(points, evaluate.evaluate, store, workers, console)
+            folder.write(out, objective)
+    return records
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,31 +137,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         ask = _ask()
     except ValueError as error:
-        return _refuse([str(error)])
-    # JAX starts in the workers only; what they inherit is set here as well.
-    setup = functools.partial(prepare_environment, ask.targets)
-    with Workers(_jobs(ask), setup) as workers:
-        (event,) = (
-            e for e in workers.run(evaluate_lib.plan, [ask]) if e.kind != "started"
-        )
-        points, wrong = event.value or ([], [event.reason])
-        if wrong:
-            return _refuse(wrong)
-        try:
-            store = Store(out)
-        except (OSError, ValueError) as error:
-            return _refuse([str(error)])
-        with store:
-            if store.dropped is not None:
-                console.print(
-                    f"The last line of {out / FILE_NAME} was cut off; its point is"
-                    " done again."
-                )
-            try:
-                records = sweep(points, evaluate_lib.evaluate, store, workers, console)
-            except KeyboardInterrupt:
-                sys.exit(f"\nStopped. The same command goes on from what is in {out}.")
-            folder.write(out, objective)
+        _refuse([str(error)])
+    try:
+        records = _run(ask, out, objective, console)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. The same command goes on from what is in {out}.")
     for question in questions(records):
         terminal.show(console, question, objective)
     terminal.show_files(console, out)
