@@ -226,22 +226,16 @@ def evaluate(point: Point) -> Record:
     return record(status="ok", **phases, **memory, **found)
 
 
-def layers_of(phase: str, partition: Partition, platform: str, asked: str) -> Any:
-    """Returns how the layers of a phase are written, "unrolled" or "scanned".
+def layers_of(target: Target, asked: str) -> Any:
+    """Returns how layers are written for `target`, "unrolled" or "scanned".
 
-    A loop compiles up to ten times faster, but may copy each layer's slice of the
-    stacked weights and cache before using it. With "auto" a phase is a loop where
-    that hardly shows: while whole prompts are read, and in pipelines on TPUs, whose
-    compiler reads the slices in place. GPU pipelines pay for the copy with every
-    micro-batch, and a decode step of one stage has little else to do than to read.
+    A loop over stacked weights compiles up to ten times faster. XLA:TPU reads each
+    layer's weights where they lie in the stack; XLA:GPU and XLA:CPU copy them first,
+    which decode notices: two more passes over all weights.
     """
     if asked != "auto":
         return asked
-    if platform == "tpu":
-        looped = phase == "prefill" or partition.stage > 1
-    else:
-        looped = phase == "prefill" and partition.stage == 1
-    return "scanned" if looped else "unrolled"
+    return "scanned" if target.platform == "tpu" else "unrolled"
 
 
 def price(

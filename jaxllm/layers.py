@@ -89,6 +89,14 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+def _columns(x: Array, weight: Array, slots: tuple[int, ...]) -> Array:
+    """Returns `x` times `weight`, with the columns told apart as `slots`."""
+    out = jnp.einsum("BTD,DN->BTN", x, weight)
+    # Else XLA:TPU tells the weight's columns apart too, and copies the whole weight.
+    out = jax.lax.optimization_barrier(out)
+    return out.reshape(*out.shape[:2], *slots)
+
+
 class Attention(nnx.Module):
     """The projections around grouped-query attention (arXiv:2305.13245).
 
@@ -123,8 +131,7 @@ class Attention(nnx.Module):
         Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
     ]:
         """Returns rotated queries, rotated keys and values."""
-        qkv = jnp.einsum("BTD,DN->BTN", x, self.w_qkv[...])
-        qkv = qkv.reshape(*qkv.shape[:2], *self.slots)
+        qkv = _columns(x, self.w_qkv[...], self.slots)
         qkv = place(qkv, ("cache_batch", "seq", "heads", None, "head_dim"))
         rotated = rotate(qkv[:, :, :, :-1], angles)
         return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
@@ -176,8 +183,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], place: Place = anywhere
     ) -> Float[Array, "B T D"]:
-        gate_up = jnp.einsum("BTD,DF->BTF", x, self.w_gate_up[...])
-        gate_up = gate_up.reshape(*gate_up.shape[:2], *self.slots)
+        gate_up = _columns(x, self.w_gate_up[...], self.slots)
         gate_up = place(gate_up, ("batch", "seq", "mlp", None, None))
         hidden = jax.nn.silu(gate_up[:, :, :, 0]) * gate_up[:, :, :, 1]
         hidden = hidden.reshape(*hidden.shape[:2], -1)
