@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -252,15 +252,7 @@ def price(
         layers=program.layers,
         flops=ledger.flops,
         hbm_bytes=ledger.hbm_bytes,
-        collectives=tuple(
-            CollectiveRow(
-                **{
-                    field.name: getattr(row, field.name)
-                    for field in dataclasses.fields(CollectiveRow)
-                }
-            )
-            for row in ledger.collectives
-        ),
+        collectives=merged(ledger.collectives),
         memory=MemoryRow(**dataclasses.asdict(compiled.memory)),
         compile_s=compiled.compile_s,
         closed_form_flops=limits.closed_form_flops(program),
@@ -272,6 +264,28 @@ def price(
         **ticks,
     )
     return phase, parts, limit_s
+
+
+def merged(rows: Sequence[hlo.Collective]) -> tuple[CollectiveRow, ...]:
+    """Returns collectives with those of equal kind, size and source as one row.
+
+    An unrolled program has a row for each layer.
+    """
+    found: dict[tuple[object, ...], CollectiveRow] = {}
+    for row in rows:
+        key = (row.axis, row.kind, row.group_size, row.payload_bytes_each, row.source)
+        before = found.get(key)
+        found[key] = CollectiveRow(
+            axis=row.axis,
+            kind=row.kind,
+            count=row.count + (before.count if before else 0),
+            payload_bytes=row.payload_bytes + (before.payload_bytes if before else 0),
+            payload_bytes_each=row.payload_bytes_each,
+            wire_bytes=row.wire_bytes + (before.wire_bytes if before else 0),
+            group_size=row.group_size,
+            source=row.source,
+        )
+    return tuple(found.values())
 
 
 def _parts(found: Estimate) -> TimeParts:

@@ -15,6 +15,7 @@ from experiments.report.record import Record
 from experiments.report.store import Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
+from sharding import hlo
 from sharding.partition import Partition
 from sharding.target import parse_target
 from tests import fakes
@@ -230,3 +231,17 @@ def test_what_cannot_fit_is_not_compiled() -> None:
     )
     assert record.available_bytes == target.chip.hbm_bytes
     assert "Weights 101 GB and KV cache" in str(record.reason)
+
+
+def test_a_collective_of_every_layer_is_one_row() -> None:
+    layer = hlo.Collective(
+        axis="tensor", kind="all-reduce", count=1, payload_bytes=64, wire_bytes=96,
+        group_size=4, op_name="layer 0", source="layers.py:7", loop="",
+    )  # fmt: skip
+    other = dataclasses.replace(
+        layer, count=3, op_name="layer 1", payload_bytes=192, wire_bytes=288
+    )
+    elsewhere = dataclasses.replace(layer, source="vocab.py:9")
+    both, one = evaluate.merged([layer, elsewhere, other])
+    assert (both.count, both.payload_bytes, both.wire_bytes) == (4, 256, 384)
+    assert (both.payload_bytes_each, one.count, one.source) == (64, 1, "vocab.py:9")
