@@ -170,7 +170,7 @@ def evaluate(point: Point) -> Record:
                 partition=partition,
                 workload=workload,
                 dtype=point.dtype,
-                layers=layers_of(phase, partition, target.platform, point.layers),
+                layers=layers_of(target.platform, point.layers),
             )
             for phase in _PHASES
         )
@@ -226,8 +226,8 @@ def evaluate(point: Point) -> Record:
     return record(status="ok", **phases, **memory, **found)
 
 
-def layers_of(target: Target, asked: str) -> Any:
-    """Returns how layers are written for `target`, "unrolled" or "scanned".
+def layers_of(platform: str, asked: str) -> Any:
+    """Returns how layers are written for `platform`, "unrolled" or "scanned".
 
     A loop over stacked weights compiles up to ten times faster. XLA:TPU reads each
     layer's weights where they lie in the stack; XLA:GPU and XLA:CPU copy them first,
@@ -235,7 +235,7 @@ def layers_of(target: Target, asked: str) -> Any:
     """
     if asked != "auto":
         return asked
-    return "scanned" if target.platform == "tpu" else "unrolled"
+    return "scanned" if platform == "tpu" else "unrolled"
 
 
 def price(

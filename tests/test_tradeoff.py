@@ -16,7 +16,6 @@ from experiments.report.store import Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
 from sharding import hlo
-from sharding.partition import Partition
 from sharding.target import parse_target
 from tests import fakes
 
@@ -183,22 +182,10 @@ def test_the_whole_road_on_virtual_devices(tmp_path: pathlib.Path) -> None:
     assert store.read_records(tmp_path)[0] == records
 
 
-@pytest.mark.parametrize(
-    ("platform", "name", "expected"),
-    [
-        ("cuda", "tp8", ("scanned", "unrolled")),
-        ("cuda", "tp4_pp2", ("unrolled", "unrolled")),
-        ("tpu", "tp8", ("scanned", "unrolled")),
-        ("tpu", "tp4_pp2", ("scanned", "scanned")),
-    ],
-)
-def test_layers_are_a_loop_where_its_copies_do_not_show(
-    platform: str, name: str, expected: tuple[str, str]
-) -> None:
-    partition = Partition.parse(name)
-    for phase, layers in zip(("prefill", "decode"), expected, strict=True):
-        assert evaluate.layers_of(phase, partition, platform, "auto") == layers
-        assert evaluate.layers_of(phase, partition, platform, "scanned") == "scanned"
+def test_layers_are_a_loop_where_the_compiler_copies_no_slice() -> None:
+    assert evaluate.layers_of("tpu", "auto") == "scanned"
+    assert evaluate.layers_of("cuda", "auto") == "unrolled"
+    assert evaluate.layers_of("cuda", "scanned") == "scanned"
 
 
 def test_a_refusal_for_memory_is_read_in_bytes() -> None:
