@@ -95,7 +95,7 @@ def causal_attention(
         return (top, total, acc, out), None
 
     with jax.named_scope("causal_attention"):
-        (_, _, _, out), _ = lax.scan(step, state, pairs)
+        (_, _, _, out), _ = lax.scan(step, state, jnp.asarray(pairs))
     return out[:, :seq_len]
 
 

@@ -73,7 +73,7 @@ class CacheLayer:
 
         def put(stack: Array, update: Array) -> Array:
             update = update.astype(stack.dtype)
-            if jnp.ndim(position) == 1:
+            if not isinstance(position, int) and position.ndim == 1:
                 return place(self._put_rows(stack, update, position), names)
             size, first = update.shape[2], position
             if size == 1:
@@ -84,12 +84,16 @@ class CacheLayer:
             start = (*self.index, self.row, 0, first, 0)
             start = tuple(jnp.asarray(i, jnp.int32) for i in start)
             shape = (1,) * len(self.index) + update.shape[:2] + (size, update.shape[3])
-            update = jnp.broadcast_to(update.reshape(shape[:-2] + update.shape[2:]), shape)
+            update = jnp.broadcast_to(
+                update.reshape(shape[:-2] + update.shape[2:]), shape
+            )
             if self.keep is not None or size != new.k.shape[2]:
                 old = lax.dynamic_slice(stack, start, shape)
                 if size != new.k.shape[2]:
                     here = jnp.arange(size) == position - first
-                    update = jnp.where(here.reshape((1,) * (len(shape) - 2) + (size, 1)), update, old)
+                    update = jnp.where(
+                        here.reshape((1,) * (len(shape) - 2) + (size, 1)), update, old
+                    )
                 if self.keep is not None:
                     update = jnp.where(self.keep, old, update)
             return place(lax.dynamic_update_slice(stack, update, start), names)

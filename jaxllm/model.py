@@ -8,7 +8,7 @@ second; both give the same answer.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -103,7 +103,7 @@ class Params(NamedTuple):
 def _definitions(
     config: ModelConfig,
 ) -> tuple[nnx.GraphDef[Ends], nnx.GraphDef[Block], Tree, Tree]:
-    def split(kind: type[nnx.Module]) -> tuple[Any, Tree]:
+    def split(kind: type[Ends] | type[Block]) -> tuple[Any, Tree]:
         graph, state = nnx.split(
             nnx.eval_shape(lambda: kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
         )
@@ -115,7 +115,7 @@ def _definitions(
     return ends, block, ends_axes, block_axes
 
 
-def _as_tree(flat: dict[tuple[str, ...], Any]) -> Tree:
+def _as_tree(flat: Mapping[Any, Any]) -> Tree:
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         node = tree
@@ -136,7 +136,7 @@ def bind_block(config: ModelConfig, tree: Tree) -> Block:
 
 
 def _bind(graph: nnx.GraphDef[Any], tree: Tree) -> Any:
-    flat: dict[tuple[str, ...], Any] = {}
+    flat: dict[Any, Any] = {}
 
     def visit(node: Tree, path: tuple[str, ...]) -> None:
         if isinstance(node, dict):
@@ -158,7 +158,7 @@ def param_axes(config: ModelConfig) -> Params:
 def init_params(config: ModelConfig, dtype: DTypeLike, seed: int = 0) -> Params:
     """Returns random parameters, blocks unrolled. Traceable: `jax.eval_shape` it."""
 
-    def make(kind: type[nnx.Module], key: Array) -> Tree:
+    def make(kind: type[Ends] | type[Block], key: Array) -> Tree:
         state = nnx.state(kind(config, dtype=dtype, rngs=nnx.Rngs(key)))
         return _as_tree({path: leaf[...] for path, leaf in nnx.to_flat_state(state)})
 
@@ -183,7 +183,7 @@ def stack_blocks(blocks: Sequence[Tree]) -> Tree:
 def run_blocks(
     config: ModelConfig,
     blocks: Tree,
-    caches: Sequence[KV] | KV,
+    caches: Any,
     x: Float[Array, "B T D"],
     angles: Float[Array, "B T P"],
     attend: Attend,

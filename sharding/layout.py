@@ -152,7 +152,7 @@ class Layout:
         if self.layers == "scanned":
             lead, names = (*lead, self.layers_per_stage), (*names, None)
         array = Named(lead + kv_shape, jnp.dtype(self.dtype), names + CACHE_AXES)
-        kv = KV(array, array)
+        kv: Any = KV(array, array)  # type: ignore[arg-type]  # names for arrays
         scanned = self.layers == "scanned"
         hidden = Named(
             (self.partition.stage, group, self.config.embed_dim),
@@ -177,7 +177,9 @@ class Layout:
 
     def specs(self, named: Tree, keep: tuple[str, ...] = MESH_AXES) -> Tree:
         """Returns the `PartitionSpec` of every `Named`."""
-        return jax.tree.map(lambda n: self.spec(n.names, keep), named, is_leaf=_is_named)
+        return jax.tree.map(
+            lambda n: self.spec(n.names, keep), named, is_leaf=_is_named
+        )
 
     def abstract(self, named: Tree, mesh: Mesh) -> Tree:
         """Returns a `ShapeDtypeStruct` with its sharding for every `Named`."""

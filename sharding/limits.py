@@ -23,13 +23,11 @@ class Work:
       flops: multiply-adds of matrix products, times two.
       hbm_bytes: weights and cache that must be read.
       wire_bytes: that must be sent, by mesh axis.
-      serial: how many such shares follow each other before the call can end.
     """
 
     flops: float
     hbm_bytes: float
     wire_bytes: Mapping[str, float]
-    serial: float
 
 
 def closed_form_flops(program: Program) -> int:
@@ -92,68 +90,88 @@ def work(program: Program) -> Work:
     read once, the prompt's cache written once. Bubbles are left out: more
     micro-batches can make them arbitrarily small. Decode: its share of the FLOPs; a
     stage's weights once for every group in flight, which come at different times; the
-    cache once, at its mean length. A token passes all stages in turn, so with fewer
-    groups than stages the shares follow each other (`serial`).
+    cache once, at its mean length.
 
     Sent: the residual stream, around every attention and feed-forward block over the
     tensor axis (all-reduce, 2 (t - 1) / t), and once a hop over the stage axis.
     Embedding rows, norms and sampling are left out, and so is the traffic of `two_d`
     between its axes.
     """
-    layout, partition, config = program.layout, program.partition, program.config
+    blocks, head = _blocks_and_head(program)
+    return Work(
+        flops=blocks.flops + head.flops,
+        hbm_bytes=blocks.hbm_bytes + head.hbm_bytes,
+        wire_bytes=blocks.wire_bytes,
+    )
+
+
+def _blocks_and_head(program: Program) -> tuple[Work, Work]:
+    """Returns `work`, told apart by where it is done."""
+    partition, config = program.partition, program.config
     workload, itemsize = program.workload, jnp.dtype(program.dtype).itemsize
     batch, devices = workload.batch_size, partition.num_devices
     if program.phase == "decode":
-        tokens = batch
-        context = workload.input_len + workload.output_len / 2
-        seen, cached, groups = context, context, layout.groups
-        serial = program.ticks / groups
+        tokens, groups = batch, program.layout.groups
+        seen = cached = workload.input_len + workload.output_len / 2
     else:
-        tokens = batch * workload.input_len
+        tokens, groups, cached = batch * workload.input_len, 1, workload.input_len
         seen = workload.input_len * (workload.input_len + 1) / 2
-        cached, groups, serial = workload.input_len, 1, 1.0
-    attention = 4 * config.num_heads * config.head_dim * batch * seen
-    matmul = config.layer_params - 2 * config.embed_dim
-    head = config.embed_dim * config.vocab_size
-    flops = config.num_layers * (2 * tokens * matmul + attention) + 2 * batch * head
     # Replicas hold the same weights; under two_d, the data axis splits them too.
-    copies = partition.data // partition.ways("embed")
-    weights = (config.num_layers * config.layer_params + head) * itemsize * copies
-    cache = config.cache_bytes(batch, itemsize) * cached
+    readings = groups * partition.data // partition.ways("embed") * itemsize / devices
+    matmul = config.layer_params - 2 * config.embed_dim
+    attention = 4 * config.num_heads * config.head_dim * batch * seen
+    table = config.embed_dim * config.vocab_size
     stream = tokens * config.embed_dim * itemsize / partition.data
     wire: dict[str, float] = {}
     if partition.tensor > 1 and partition.ways("heads") == partition.tensor:
         t = partition.tensor
-        blocks = 2 * config.num_layers / partition.stage
-        wire["tensor"] = blocks * stream * 2 * (t - 1) / t
+        wire["tensor"] = 2 * config.num_layers / partition.stage * stream
+        wire["tensor"] *= 2 * (t - 1) / t
     if partition.stage > 1:
         wire["stage"] = stream
-    return Work(
-        flops=flops / devices,
-        hbm_bytes=(weights * groups + cache) / devices,
+    blocks = Work(
+        flops=config.num_layers * (2 * tokens * matmul + attention) / devices,
+        hbm_bytes=config.num_layers * config.layer_params * readings
+        + config.cache_bytes(batch, itemsize) * cached / devices,
         wire_bytes=wire,
-        serial=serial,
     )
+    head = Work(
+        flops=2 * batch * table / devices,
+        hbm_bytes=table * readings,
+        wire_bytes={},
+    )
+    return blocks, head
 
 
 def limit_s(program: Program, chip: Chip) -> float:
     """Returns the least time of one call: the slowest resource, all others hidden.
 
-        T = serial x max(flops / flops_per_s, hbm_bytes / hbm_bytes_per_s,
-                         wire_bytes / (links x link_bytes_per_s))
+        T = max(flops / flops_per_s, hbm_bytes / hbm_bytes_per_s,
+                wire_bytes / (links x link_bytes_per_s))
+
+    A decoded token passes all stages in turn: with fewer groups in flight than
+    stages, what the blocks must do counts stages / groups times.
 
     Args:
       program: what is run.
       chip: published rates of a whole chip.
     """
-    least, device, sizes = work(program), chip.per_device(), program.partition.axes
+    blocks, head = _blocks_and_head(program)
+    device, sizes = chip.per_device(), program.partition.axes
+    serial = 1.0
+    if program.phase == "decode":
+        serial = program.ticks / program.layout.groups
     kinds = {"tensor": "all-reduce", "stage": "permute"}
     links = [
-        sent / (links_used(kinds[axis], sizes[axis], device) * device.link_bytes_per_s)
-        for axis, sent in least.wire_bytes.items()
+        serial
+        * sent
+        / (links_used(kinds[axis], sizes[axis], device) * device.link_bytes_per_s)
+        for axis, sent in blocks.wire_bytes.items()
     ]
-    return least.serial * max(
-        least.flops / device.matmul_flops_per_s(program.dtype),
-        least.hbm_bytes / device.hbm_bytes_per_s,
+    flops = serial * blocks.flops + head.flops
+    hbm_bytes = serial * blocks.hbm_bytes + head.hbm_bytes
+    return max(
+        flops / device.matmul_flops_per_s(program.dtype),
+        hbm_bytes / device.hbm_bytes_per_s,
         *links,
     )

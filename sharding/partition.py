@@ -110,9 +110,10 @@ class Partition:
 
     @property
     def manual_axes(self) -> tuple[str, ...]:
-        """Axes that `jax.shard_map` handles: stages, and replicas that share nothing."""
-        data = ("data",) if self.data > 1 and "data" in self.rules.table["batch"] else ()
-        return data + (("stage",) if self.stage > 1 else ())
+        """Axes left to `jax.shard_map`: stages, and replicas that share nothing."""
+        replicas = self.data > 1 and "data" in self.rules.table["batch"]
+        manual = {"data": replicas, "stage": self.stage > 1}
+        return tuple(axis for axis in manual if manual[axis])
 
     def ways(self, dimension: str, phase: str = "prefill") -> int:
         """Returns into how many pieces the rules cut `dimension`."""
@@ -236,7 +237,11 @@ def check(
 
 
 def _check_heads(config: ModelConfig, partition: Partition, name: str) -> None:
-    ways, heads, kv_heads = partition.ways("heads"), config.num_heads, config.num_kv_heads
+    ways, heads, kv_heads = (
+        partition.ways("heads"),
+        config.num_heads,
+        config.num_kv_heads,
+    )
     if heads % ways:
         raise ValueError(
             f"{name} splits {heads} query heads over {ways} devices: not divisible."
@@ -259,12 +264,11 @@ def _check_batch(partition: Partition, workload: Workload, name: str) -> None:
             " replica gets equally many sequences. Choose a batch that is a multiple of"
             f" {replicas}, or fewer replicas."
         )
-    each, stages = batch // replicas, partition.stage
-    if partition.manual_axes and "data" not in partition.manual_axes:
-        each = batch
+    stages = partition.stage
+    each = batch // partition.data if "data" in partition.manual_axes else batch
     if each > stages and each % stages:
         raise ValueError(
-            f"{name} splits {each} sequences a replica into {stages} groups in flight,"
-            " one a stage: not divisible. Groups must be equal. Choose a batch that is a"
+            f"{name} splits {each} sequences a replica into {stages} groups, one a"
+            " stage: not divisible. Groups must be equal. Choose a batch that is a"
             f" multiple of {stages * replicas}, or one below it."
         )

@@ -108,9 +108,7 @@ class Pipeline:
                 cache_at=at,
             )
             out = _clip(t - (self.stages - 1), self.micro_batches)
-            last = last_position(
-                x, None if item_lengths is None else item_lengths[out]
-            )
+            last = last_position(x, None if item_lengths is None else item_lengths[out])
             return (self._pass_on(x), cache), last
 
         ticks = self.micro_batches + self.stages - 1
@@ -240,7 +238,7 @@ class Pipeline:
         return position.reshape(self.groups, -1)[item % self.groups]
 
     def _split(self, x: jax.Array) -> jax.Array:
-        """Returns [B, ...] as micro-batches [M, B/M, ...]; the i-th is of group i % G."""
+        """Returns [B, ...] as micro-batches [M, B/M, ...]; i is of group i % G."""
         x = x.reshape(self.groups, self.micro_batches // self.groups, -1, *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(self.micro_batches, -1, *x.shape[3:])
 

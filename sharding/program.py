@@ -149,9 +149,9 @@ class Program:
             return self.micro_batches
         layout = self.layout
         batch, groups = layout.replica_batch, layout.groups
-        if self.partition.ways("cache_batch") > 1 and not layout.partition.data == 1:
-            if "data" not in self.partition.manual_axes:
-                return groups  # Rows of a split batch cannot be taken one by one.
+        data = self.partition.data
+        if data > 1 and "data" not in self.partition.manual_axes:
+            return groups  # Rows of a split batch cannot be taken one by one.
         limit = MICRO_BATCH_TOKENS if self.partition.stage == 1 else 2048
         fitting = [
             m
@@ -224,8 +224,15 @@ class Program:
                 " fits. Use another jax version."
             )
         cost = executable.cost_analysis()
+        text = executable.as_text()
+        if text is None:
+            raise RuntimeError(
+                f"XLA gives no text of {self.phase} of {self.partition.name} on"
+                f" {target.name}; it is what costs are read from. Use another jax"
+                " version."
+            )
         return CompiledProgram(
-            text=executable.as_text(),
+            text=text,
             memory=self._memory(stats),
             alias_bytes=stats.alias_size_in_bytes,
             xla_flops=cost.get("flops") if cost else None,
@@ -264,7 +271,11 @@ class Program:
     def _function(self, mesh: Mesh) -> Callable[..., Any]:
         manual = self.partition.manual_axes
         platform = mesh.devices.flat[0].platform
-        local = self._staged(platform) if self.partition.stage > 1 else self._single(platform)
+        local = (
+            self._staged(platform)
+            if self.partition.stage > 1
+            else self._single(platform)
+        )
         if not manual:
             return local
         return jax.shard_map(

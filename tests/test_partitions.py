@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS
-from jaxllm.model import init_params
+from jaxllm.model import Layers, init_params
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
@@ -19,7 +19,7 @@ BATCH, PROMPT, TOKENS = 16, 12, 9
 
 
 def run(
-    model: str, name: str, rules: str, layers: str, ragged: bool, batch: int
+    model: str, name: str, rules: str, layers: Layers, ragged: bool, batch: int
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and logits [TOKENS, B, V] of greedy decoding."""
     config, partition = PRESETS[model], Partition.parse(name, rules)
@@ -107,7 +107,7 @@ CASES = [
     ids=["-".join(map(str, case)) for case in CASES],
 )
 def test_equals_one_device(
-    model: str, name: str, rules: str, layers: str, ragged: bool, batch: int
+    model: str, name: str, rules: str, layers: Layers, ragged: bool, batch: int
 ) -> None:
     tokens, logits, layout = run(model, name, rules, layers, ragged, batch)
     expected_tokens, expected_logits, _ = one_device(model, ragged, batch)

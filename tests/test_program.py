@@ -10,10 +10,11 @@ from collections import Counter
 import pytest
 
 from jaxllm.config import PRESETS
+from jaxllm.model import Layers
 from sharding.hlo import Ledger, read_ledger
 from sharding.limits import closed_form_flops, limit_s, work
 from sharding.partition import Partition, Workload, check
-from sharding.program import CompiledProgram, Program
+from sharding.program import CompiledProgram, Phase, Program
 from sharding.target import parse_target
 
 # Target, model, partition, phase, layers.
@@ -38,8 +39,8 @@ def compiled(
     target: str,
     model: str,
     name: str,
-    phase: str,
-    layers: str,
+    phase: Phase,
+    layers: Layers,
     batch: int = 16,
     rules: str = "megatron",
 ) -> tuple[Program, CompiledProgram, Ledger]:
@@ -58,7 +59,7 @@ def compiled(
     ("target", "model", "name", "phase", "layers"), FLOPS, ids=map("-".join, FLOPS)
 )
 def test_flops_are_the_closed_form(
-    target: str, model: str, name: str, phase: str, layers: str
+    target: str, model: str, name: str, phase: Phase, layers: Layers
 ) -> None:
     program, _, ledger = compiled(target, model, name, phase, layers)
     # Norms, rotary, softmax and sampling come on top.
@@ -66,7 +67,7 @@ def test_flops_are_the_closed_form(
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_scanned_and_unrolled_layers_do_the_same_work(phase: str) -> None:
+def test_scanned_and_unrolled_layers_do_the_same_work(phase: Phase) -> None:
     _, _, scanned = compiled("h100:8", "llama-3.1-8b", "tp8", phase, "scanned")
     _, _, unrolled = compiled("h100:8", "llama-3.1-8b", "tp8", phase, "unrolled")
     assert scanned.flops == pytest.approx(unrolled.flops, rel=0.005)
@@ -87,7 +88,7 @@ def test_scanned_and_unrolled_layers_do_the_same_work(phase: str) -> None:
     ],
 )
 def test_decode_reads_weights_and_cache_once(
-    target: str, name: str, layers: str
+    target: str, name: str, layers: Layers
 ) -> None:
     program, result, ledger = compiled(
         target, "llama-3.1-70b", name, "decode", layers, 16
@@ -114,7 +115,7 @@ def test_batch_1_decode_reads_weights_and_cache() -> None:
 
 @pytest.mark.parametrize("target", ["h100:8", "v5p:2x2x2"])
 def test_megatron_reduces_twice_a_layer(target: str) -> None:
-    layers = "unrolled" if target.startswith("h") else "scanned"
+    layers: Layers = "unrolled" if target.startswith("h") else "scanned"
     _, _, ledger = compiled(target, "llama-3.1-70b", "tp8", "decode", layers, 16)
     stream = 16 * 8192 * 2  # batch x width x bfloat16
     large = [c for c in ledger.collectives if c.payload_bytes_each == stream]
@@ -141,7 +142,7 @@ def test_stages_only_pass_on_and_sample() -> None:
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_replicas_send_nothing(phase: str) -> None:
+def test_replicas_send_nothing(phase: Phase) -> None:
     _, _, ledger = compiled("cpu:8", "llama-3.1-70b", "dp2_tp4", phase, "scanned")
     assert {c.axis for c in ledger.collectives} == {"tensor"}
 
