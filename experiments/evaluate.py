@@ -186,7 +186,7 @@ def evaluate(point: Point) -> Record:
             if point.layers == "auto"
             else point.layers,
         )
-        for program in programs
+        for program in (prefill, decode)
     )
 
     memory: dict[str, Any] = dict(available_bytes=target.chip.per_device().hbm_bytes)

@@ -18,7 +18,8 @@ from sharding.hlo.windows import convolution_products
 FREE_TARGETS = frozenset([
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
     "AsyncCollectiveStart", "ConcatBitcast", "DeviceId", "GetSharding",
-    "LayoutConstraint", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "LayoutConstraint", "PrepareAsyncCallStart", "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
     "ShardBarrierFrom", "ShardBarrierTo", "Sharding", "SliceId",
     "annotate_device_placement", "xla.sdy.FuncResultSharding",
     "xla.sdy.GlobalToLocalShape", "xla.sdy.LocalToGlobalShape",
