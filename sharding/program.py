@@ -177,6 +177,16 @@ class Program:
             return self.layout.groups
         return self.prefill_micro_batches
 
+    @property
+    def _manual(self) -> tuple[str, ...]:
+        """Axes that `jax.shard_map` handles.
+
+        Replicas need it for micro-batches, which are rows of a replica's own batch. A
+        decode step of one stage has none, and compiles faster without.
+        """
+        one_step = self.phase == "decode" and self.partition.stage == 1
+        return () if one_step else self.partition.manual_axes
+
     def named_arguments(self) -> tuple[Any, ...]:
         """Returns `Named` for every argument."""
         layout = self.layout
@@ -269,7 +279,7 @@ class Program:
         return state, logits
 
     def _function(self, mesh: Mesh) -> Callable[..., Any]:
-        manual = self.partition.manual_axes
+        manual = self._manual
         platform = mesh.devices.flat[0].platform
         local = (
             self._staged(platform)
@@ -290,7 +300,7 @@ class Program:
         )
 
     def _place(self) -> Place:
-        manual = self.partition.manual_axes
+        manual = self._manual
         sizes = self.partition.axes
         keep = tuple(a for a in sizes if sizes[a] > 1 and a not in manual)
         rules, phase = self.partition.rules, self.phase
@@ -305,7 +315,7 @@ class Program:
 
     def _vocabulary(self, platform: str) -> tuple[Lookup, Callable[..., Any]]:
         """Returns how tokens are embedded and how they are picked."""
-        sizes, manual = self.partition.axes, self.partition.manual_axes
+        sizes, manual = self.partition.axes, self._manual
         axes = self.partition.rules.axes_of("vocab", self.phase)
         axes = tuple(a for a in axes if sizes[a] > 1)
         inner = tuple(a for a in axes if a not in manual)

@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +42,14 @@ EXAMPLES = "attached, cpu:8, h100:8, h200:8, v5e:2x4, v5p:2x2x2, tpu7x:2x2x1"
 
 # A v4 chip shows its two TensorCores as two devices unless asked for as a megacore.
 _TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+
+# Machine code of a described GPU never runs: make it with little effort, which is a
+# fifth of compiling. The optimised HLO, made before, is the same to the letter.
+_NEVER_RUN = {
+    "xla_gpu_force_compilation_parallelism": 1,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 # On a TPU7x the sparse cores run these collectives asynchronously, in instructions that
 # libtpu 0.0.52 writes and jaxlib cannot read back before 0.12.
@@ -92,8 +101,10 @@ class Target:
         return math.ceil(self.num_devices / self.chip.devices_per_chip)
 
     @property
-    def compiler_options(self) -> dict[str, str | bool]:
+    def compiler_options(self) -> dict[str, Any]:
         """What `jax.stages.Lowered.compile` must be told for this target."""
+        if self.compile_only and self.platform == "cuda":
+            return {**_NEVER_RUN}
         unreadable = (
             jax.__version_info__ < (0, 12) and self.devices[0].device_kind == "TPU7x"
         )
