@@ -141,6 +141,7 @@ def _context(
         "chip": digest(repr(target.chip)),
         **provenance.versions_for(target.platform),
         **provenance.compiler_flags(),
+        **{name: str(value) for name, value in target.compiler_options.items()},
     }
 
 
