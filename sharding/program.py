@@ -319,11 +319,15 @@ class Program:
         axes = self.partition.rules.axes_of("vocab", self.phase)
         axes = tuple(a for a in axes if sizes[a] > 1)
         inner = tuple(a for a in axes if a not in manual)
+        batch = self.partition.rules.axes_of("batch", self.phase)
+        rows = tuple(a for a in batch if sizes[a] > 1 and a not in manual)
         # See Pipeline.wide_sums.
         wide = platform == "cpu"
         return (
-            functools.partial(vocab.lookup, axes=axes, inner=inner, wide=wide),
-            functools.partial(vocab.sample, axes=axes, inner=inner),
+            functools.partial(
+                vocab.lookup, axes=axes, inner=inner, rows=rows, wide=wide
+            ),
+            functools.partial(vocab.sample, axes=axes, inner=inner, rows=rows),
         )
 
     def _staged(self, platform: str) -> Callable[..., Any]:

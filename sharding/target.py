@@ -311,10 +311,12 @@ def _described_gpus(name: str, kind: str, sizes: tuple[int, ...]) -> list[jax.De
 def _described_tpus(name: str, kind: str, sizes: tuple[int, ...]) -> list[jax.Device]:
     if not _installed("libtpu"):
         raise ModuleNotFoundError(_missing(name, "TPUs", "tpu-aot"))
+    options: dict[str, Any] = dict(_TPU_OPTIONS.get(kind, {}))
+    if math.prod(sizes) == 1:
+        # Else some libtpu want whole hosts of 2x2 chips.
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        return topologies.get_topology_desc(
-            name, platform="tpu", **_TPU_OPTIONS.get(kind, {})
-        ).devices
+        return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"cannot describe target {name!r}: {'x'.join(map(str, sizes))} is not a"

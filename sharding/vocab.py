@@ -7,8 +7,7 @@ device. Both run inside `jax.shard_map`, over those axes of the vocabulary that 
 not yet handled by an enclosing one.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ def lookup(
     *,
     axes: Sequence[str],
     inner: Sequence[str],
+    rows: Sequence[str],
     wide: bool,
 ) -> jax.Array:
     """Returns the rows [B, T, D] of `table` for `tokens` [B, T].
@@ -33,6 +33,7 @@ def lookup(
       tokens: the same on every device of `axes`.
       axes: mesh axes that split the vocabulary, larger pieces first.
       inner: those of `axes` that no enclosing `shard_map` handles.
+      rows: other such axes, which split B.
       wide: add in float32, see `sharding.pipeline.Pipeline`.
     """
     if not axes:
@@ -47,11 +48,17 @@ def lookup(
             return lax.psum(found.astype(jnp.float32), tuple(axes)).astype(table.dtype)
         return lax.psum(found, tuple(axes))
 
-    return _map(local, inner, PartitionSpec(tuple(inner)))(table, tokens)
+    whole = PartitionSpec(tuple(rows))
+    specs = (PartitionSpec(tuple(inner)), whole)
+    return _map(local, (*inner, *rows), specs, whole)(table, tokens)
 
 
 def sample(
-    logits: jax.Array, *, axes: Sequence[str], inner: Sequence[str]
+    logits: jax.Array,
+    *,
+    axes: Sequence[str],
+    inner: Sequence[str],
+    rows: Sequence[str],
 ) -> jax.Array:
     """Returns the most likely token [B] of logits [B, V]; the lowest of equals.
 
@@ -59,6 +66,7 @@ def sample(
       logits: V split over `axes`.
       axes: as for `lookup`.
       inner: as for `lookup`.
+      rows: as for `lookup`.
     """
     if not axes:
         return greedy(logits)
@@ -72,23 +80,23 @@ def sample(
         winner = greedy(scores.T)
         return jnp.take_along_axis(tokens, winner[None], axis=0)[0]
 
-    return _map(local, inner, PartitionSpec(None, tuple(inner)))(logits)
+    specs = (PartitionSpec(tuple(rows), tuple(inner)),)
+    return _map(local, (*inner, *rows), specs, PartitionSpec(tuple(rows)))(logits)
 
 
-def _map(local, inner: Sequence[str], first: PartitionSpec):
-    """Returns `local` over the axes `inner`, its first argument split as `first`."""
-    if not inner:
+def _map(
+    local: Callable[..., jax.Array],
+    axes: Sequence[str],
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: PartitionSpec,
+) -> Callable[..., jax.Array]:
+    """Returns `local` mapped over `axes`, or as it is if there are none."""
+    if not axes:
         return local
-
-    @functools.wraps(local)
-    def mapped(*args: jax.Array) -> jax.Array:
-        specs = (first, *(PartitionSpec() for _ in args[1:]))
-        return jax.shard_map(
-            local,
-            in_specs=specs,
-            out_specs=PartitionSpec(),
-            axis_names=set(inner),
-            check_vma=False,
-        )(*args)
-
-    return mapped
+    return jax.shard_map(
+        local,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(axes),
+        check_vma=False,
+    )
