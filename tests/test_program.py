@@ -32,7 +32,7 @@ FLOPS = [
     ("v5p:2x2x2", "llama-3.1-70b", "tp8", "prefill", "scanned"),
     ("v5p:2x2x2", "llama-3.1-70b", "pp8", "prefill", "scanned"),
     # 2 x 8 chips: eight are too small for it.
-    ("v5p:2x2x4", "llama-3.1-405b", "tp8_pp2", "decode", "scanned"),
+    ("v5p:2x4x2", "llama-3.1-405b", "tp8_pp2", "decode", "scanned"),
 ]
 
 
