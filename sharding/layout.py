@@ -134,10 +134,13 @@ class Layout:
             return Params(ends=ends, blocks=block)
         return Params(ends=ends, blocks=(block,) * self.layers_per_stage)
 
-    def _leading(self) -> tuple[tuple[int, ...], Names]:
-        staged = self.partition.stage > 1
-        shape: tuple[int, ...] = (self.partition.stage,) if staged else ()
-        names: Names = ("layers",) if staged else ()
+    def _leading(self, slots: tuple[int, ...] = ()) -> tuple[tuple[int, ...], Names]:
+        """Returns the dimensions before one layer's own: stage, slots, layers."""
+        shape: tuple[int, ...] = ()
+        names: Names = ()
+        if self.partition.stage > 1:
+            shape = (self.partition.stage, *slots)
+            names = ("layers", *(None for _ in slots))
         if self.layers == "scanned":
             shape, names = (*shape, self.layers_per_stage), (*names, None)
         return shape, names
@@ -147,20 +150,16 @@ class Layout:
         batch, staged = self.workload.batch_size, self.partition.stage > 1
         group = batch // self.groups
         kv_shape = (group, self.cache_heads, self.cache_len, self.config.head_dim)
-        lead: tuple[int, ...] = (self.partition.stage, self.groups) if staged else ()
-        names: Names = ("layers", None) if staged else ()
-        if self.layers == "scanned":
-            lead, names = (*lead, self.layers_per_stage), (*names, None)
+        lead, names = self._leading((self.groups,))
         array = Named(lead + kv_shape, jnp.dtype(self.dtype), names + CACHE_AXES)
         kv: Any = KV(array, array)  # type: ignore[arg-type]  # names for arrays
-        scanned = self.layers == "scanned"
         hidden = Named(
             (self.partition.stage, group, self.config.embed_dim),
             jnp.dtype(self.dtype),
             ("layers", "batch", "embed"),
         )
         return State(
-            cache=kv if scanned else (kv,) * self.layers_per_stage,
+            cache=kv if self.layers == "scanned" else (kv,) * self.layers_per_stage,
             tokens=Named((batch,), jnp.int32, ("batch",)),
             position=Named(
                 (batch,) if self.ragged else (),
