@@ -36,12 +36,16 @@ ENTRY %main (x: f32[8], m: s32[]) -> f32[8] {{
 """
 
 
-def _read(**fields: object) -> tuple[Loop, int, tuple[str, ...]]:
+def _text(**fields: object) -> str:
     values = {
         "start": 0, "bound": 10, "step": 1, "update": "add", "direction": "LT",
         "carried": "bound", "more": "", **fields,
     }  # fmt: skip
-    ledger = read_ledger(LOOP.format(**values))
+    return LOOP.format(**values)
+
+
+def _read(**fields: object) -> tuple[Loop, int, tuple[str, ...]]:
+    ledger = read_ledger(_text(**fields))
     adds = sum(c.count * c.flops for c in ledger.costs if c.name == "y")
     return ledger.loops[0], adds, ledger.warnings
 
@@ -86,6 +90,19 @@ def test_what_cannot_be_followed_counts_once_and_says_so(
     loop, adds, warnings = _read(**fields)
     assert (loop.trip_count, loop.label, adds) == (None, "w per iteration", 8)
     assert "data-dependent" in warnings[0]
+
+
+def test_a_data_dependent_loop_is_labelled_and_may_be_told_its_length() -> None:
+    ledger = read_ledger(_text(carried="m"))
+    (loop,) = ledger.data_dependent_loops
+    assert ledger.inside(loop).flops == 8 + 1 + 1  # y, j and the comparison
+    assert [c.per_iteration for c in ledger.costs if c.loop] == [True] * 3
+    assert not any(c.per_iteration for c in ledger.costs if not c.loop)
+    told = read_ledger(_text(carried="m"), trip_counts={"w": 7})
+    assert not told.data_dependent_loops
+    assert sum(c.count * c.flops for c in told.costs if c.name == "y") == 8 * 7
+    # What the text says is not overruled.
+    assert read_ledger(_text(), trip_counts={"w": 7}).loops[0].trip_count == 10
 
 
 NESTED = """\

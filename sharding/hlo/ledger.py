@@ -4,7 +4,8 @@
     ledger.flops, ledger.hbm_bytes, ledger.by_axis()
 
 Every loop is multiplied by its trip count. A conditional counts as its
-costliest branch, a loop of unknown length as one iteration; `warnings` says so.
+costliest branch, a loop whose length depends on data as one iteration: its rows are
+marked `per_iteration`, and `warnings` says so.
 Anything the reader does not understand is a ValueError that ends with the
 instruction's text.
 """
@@ -37,6 +38,7 @@ def read_ledger(
     axes: Mapping[str, int] | None = None,
     *,
     kernels: Mapping[str, int] | None = None,
+    trip_counts: Mapping[str, int] | None = None,
 ) -> Ledger:
     """Returns the ledger of optimised HLO text.
 
@@ -46,6 +48,8 @@ def read_ledger(
         are positions in `mesh.devices.flat`. None: collectives show device ids.
       kernels: FLOPs of one execution of hand-written kernels that carry no cost
         estimate, by custom call target or by the last part of their op_name.
+      trip_counts: of loops whose length depends on data, by `Loop.name`; those not
+        named are counted for one iteration.
 
     Raises:
       ValueError: text that cannot be read, an operation whose cost is not known,
@@ -58,7 +62,7 @@ def read_ledger(
             f"axes {dict(axes)} are {namer.num_devices} devices, the program runs on"
             f" {module.num_devices}; pass the mesh it was compiled for."
         )
-    walker = _Walker(module, namer, kernels or {})
+    walker = _Walker(module, namer, kernels or {}, trip_counts or {})
     try:
         walker.walk(module.entry, Scope(), "")
     except RecursionError:
@@ -74,7 +78,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.costs: list[Cost] = []
-        self.found: list[tuple[Found, int, str, str, str]] = []
+        self.found: list[tuple[Found, int, str, str, str, bool]] = []
         self.loops: list[Loop] = []
         self.warnings: list[str] = []
 
@@ -96,8 +100,15 @@ class _Tally:
 class _Walker:
     """Runs through a program as a device would, once for each loop body."""
 
-    def __init__(self, module: Module, namer: AxisNamer, kernels: Mapping[str, int]):
+    def __init__(
+        self,
+        module: Module,
+        namer: AxisNamer,
+        kernels: Mapping[str, int],
+        trip_counts: Mapping[str, int],
+    ):
         self._module = module
+        self._trip_counts = trip_counts
         self._flops = FlopCounter(module, kernels)
         self._traffic = TrafficCounter(
             module,
@@ -138,27 +149,37 @@ class _Walker:
             elif opcode in TRANSFERS:
                 self._transfer(instruction)
             elif opcode and opcode not in FREE:
-                self._run(instruction, computation, scope.count, loop)
+                self._run(instruction, computation, scope, loop)
 
     def _run(
-        self, instruction: Instruction, computation: Computation, count: int, loop: str
+        self,
+        instruction: Instruction,
+        computation: Computation,
+        scope: Scope,
+        loop: str,
     ) -> None:
         try:
-            self._count(instruction, computation, count, loop)
+            self._count(instruction, computation, scope, loop)
         except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(
                 f"the parts do not fit together ({error!r}): {instruction}"
             ) from error
 
     def _count(
-        self, instruction: Instruction, computation: Computation, count: int, loop: str
+        self,
+        instruction: Instruction,
+        computation: Computation,
+        scope: Scope,
+        loop: str,
     ) -> None:
         for found in self._collectives.of(instruction, computation):
             if found.group_size > 1:
                 op_name, source = self._sources.of(found.instruction)
                 if not op_name:
                     op_name, source = self._sources.of(instruction)
-                self._tally.found.append((found, count, op_name, source, loop))
+                self._tally.found.append(
+                    (found, scope.count, op_name, source, loop, scope.per_iteration)
+                )
         flops = self._flops.of(instruction, computation)
         hbm_bytes = self._traffic.of(instruction, computation)
         if flops.total or hbm_bytes:
@@ -168,13 +189,14 @@ class _Walker:
                     name=instruction.name,
                     opcode=instruction.opcode,
                     computation=computation.name,
-                    count=count,
+                    count=scope.count,
                     flops=flops.total,
                     matmul_flops=flops.matmul,
                     hbm_bytes=hbm_bytes,
                     op_name=op_name,
                     source=source,
                     loop=loop,
+                    per_iteration=scope.per_iteration,
                 )
             )
 
@@ -197,19 +219,26 @@ class _Walker:
         loop: str,
     ) -> None:
         trips, body, condition = enter_loop(
-            self._module, computation, instruction, scope
+            self._module,
+            computation,
+            instruction,
+            scope,
+            self._trip_counts.get(instruction.name),
         )
+        op_name, source = self._sources.of(instruction)
         record = Loop(
             name=instruction.name,
             trip_count=trips,
             executions=body.count,
             enclosing=loop,
+            op_name=op_name,
+            source=source,
         )
         self._tally.loops.append(record)
         if trips is None:
             self._tally.warnings.append(
-                f"{instruction.name} runs a data-dependent number of times;"
-                " its body is counted once."
+                f"{instruction.name}{f' ({source})' * bool(source)} runs a"
+                " data-dependent number of times; one iteration of it is counted."
             )
         for key, inner in (("body", body), ("condition", condition)):
             called = self._module.computation(instruction.called(key), instruction)
@@ -254,12 +283,14 @@ class _Walker:
             )
 
 
-def _merge(found: Iterable[tuple[Found, int, str, str, str]]) -> tuple[Collective, ...]:
+def _merge(
+    found: Iterable[tuple[Found, int, str, str, str, bool]],
+) -> tuple[Collective, ...]:
     """Returns one row for collectives that differ in nothing but their name."""
     rows: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
-    for each, count, op_name, source, loop in found:
+    for each, count, *where in found:
         key = (each.axis, each.kind, each.group_size, each.payload_bytes)
-        row = rows[(*key, op_name, source, loop)]
+        row = rows[(*key, *where)]
         row[0] += count
         row[1] += count * each.payload_bytes
         row[2] += count * each.wire_bytes
@@ -274,8 +305,9 @@ def _merge(found: Iterable[tuple[Found, int, str, str, str]]) -> tuple[Collectiv
             op_name=op_name,
             source=source,
             loop=loop,
+            per_iteration=per_iteration,
         )
-        for (axis, kind, size, _, op_name, source, loop), (
+        for (axis, kind, size, _, op_name, source, loop, per_iteration), (
             count,
             payload,
             wire,

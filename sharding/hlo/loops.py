@@ -64,16 +64,25 @@ class Loop:
     Attributes:
       name: of the instruction.
       trip_count: iterations each time it is entered (the mean, where an inner
-        loop's bound follows the outer counter); None: data dependent, and its
-        body is counted once.
-      executions: iterations in one call, all enclosing loops multiplied.
+        loop's bound follows the outer counter); None: it depends on data, and one
+        iteration is counted for each time it is entered.
+      executions: iterations that are counted in one call, all enclosing loops
+        multiplied.
       enclosing: label of the loops around it, "" at the top.
+      op_name: JAX's name of the loop, or "".
+      source: "file.py:123", or "".
     """
 
     name: str
     trip_count: float | None
     executions: int
     enclosing: str
+    op_name: str = ""
+    source: str = ""
+
+    def holds(self, label: str) -> bool:
+        """Whether `label`, of a cost or collective, is of this loop or one inside."""
+        return label == self.label or label.startswith(f"{self.label} > ")
 
     @property
     def label(self) -> str:
@@ -92,15 +101,22 @@ class Scope:
       states: the innermost loop's carry, once for each execution, as far as
         known; a single one stands for all where they are too many or unknown.
       count: executions of the computation in one call.
+      per_iteration: `count` is for one iteration of a loop around it, whose length
+        depends on data.
     """
 
     args: tuple[Expression, ...] = ()
     states: tuple[State, ...] = ({},)
     count: int = 1
+    per_iteration: bool = False
 
 
 def enter_loop(
-    module: Module, computation: Computation, loop: Instruction, scope: Scope
+    module: Module,
+    computation: Computation,
+    loop: Instruction,
+    scope: Scope,
+    told: int | None = None,
 ) -> tuple[float | None, Scope, Scope]:
     """Returns the trip count of `loop` and the scopes of its body and condition.
 
@@ -109,6 +125,7 @@ def enter_loop(
       computation: where `loop` stands.
       loop: a `while` instruction.
       scope: of `computation`.
+      told: the trip count if neither the text nor following the loop gives one.
 
     Raises:
       ValueError: a computation it calls is not in the text.
@@ -134,6 +151,8 @@ def enter_loop(
     if known and trips != int(known[1]):
         trips = int(known[1])
         runs = dict.fromkeys(runs)
+    if trips is None:
+        trips = told
     states: tuple[State, ...] = ()
     if trips is not None and trips * len(firsts) <= _MAX_STEPS:
         found = (runs[first] for first in firsts)
@@ -143,11 +162,13 @@ def enter_loop(
         states = ({k: firsts[0][k] for k in fixed if firsts[0][k] is not None},)
     count = scope.count if trips is None else round(trips * scope.count)
     tests = scope.count if trips is None else count + scope.count
-    return (
-        trips,
-        Scope(args=(carry,), states=states, count=count),
-        Scope(args=(carry,), states=states, count=tests),
+    inside = Scope(
+        args=(carry,),
+        states=states,
+        count=count,
+        per_iteration=scope.per_iteration or trips is None,
     )
+    return trips, inside, dataclasses.replace(inside, count=tests)
 
 
 def _length(run: tuple[State, ...] | int | None) -> int | None:

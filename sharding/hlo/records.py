@@ -23,6 +23,8 @@ class Collective:
       op_name: JAX's name of the operation, or "".
       source: "file.py:123", or "".
       loop: enclosing loops, such as "while.5 x80", or "".
+      per_iteration: one of these runs a number of times that depends on data, and
+        `count` and bytes are for one iteration of it.
     """
 
     axis: str
@@ -34,6 +36,7 @@ class Collective:
     op_name: str
     source: str
     loop: str
+    per_iteration: bool = False
 
     @property
     def payload_bytes_each(self) -> int:
@@ -49,6 +52,7 @@ class Cost:
       count: executions in one call.
       flops: all operations; `matmul_flops` those of products and convolutions.
       hbm_bytes: read and written in main memory.
+      per_iteration: as of a Collective.
     """
 
     name: str
@@ -61,11 +65,16 @@ class Cost:
     op_name: str
     source: str
     loop: str = ""
+    per_iteration: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What ONE device does in ONE call of a program."""
+    """What ONE device does in ONE call of a program.
+
+    Of a loop whose length depends on data, every figure holds one iteration; see
+    `data_dependent_loops` and `inside`.
+    """
 
     costs: tuple[Cost, ...]
     collectives: tuple[Collective, ...]
@@ -87,6 +96,19 @@ class Ledger:
     @property
     def wire_bytes(self) -> int:
         return sum(c.wire_bytes for c in self.collectives)
+
+    @property
+    def data_dependent_loops(self) -> tuple[Loop, ...]:
+        """Loops that are counted for one iteration."""
+        return tuple(loop for loop in self.loops if loop.trip_count is None)
+
+    def inside(self, loop: Loop) -> "Ledger":
+        """Returns what is done in the body and condition of `loop`."""
+        return Ledger(
+            costs=tuple(c for c in self.costs if loop.holds(c.loop)),
+            collectives=tuple(c for c in self.collectives if loop.holds(c.loop)),
+            loops=tuple(inner for inner in self.loops if loop.holds(inner.enclosing)),
+        )
 
     def by_axis(self) -> dict[str, tuple[Collective, ...]]:
         """Returns the collectives along each axis, in order of appearance."""
