@@ -34,7 +34,7 @@ _FLOPS_PER_BYTE = 256
 
 
 def read_ledger(
-    text: str,
+    text: str | Module,
     axes: Mapping[str, int] | None = None,
     *,
     kernels: Mapping[str, int] | None = None,
@@ -43,7 +43,8 @@ def read_ledger(
     """Returns the ledger of optimised HLO text.
 
     Args:
-      text: what `compiled.as_text()` returns, for CPU, GPU or TPU.
+      text: what `compiled.as_text()` returns, for CPU, GPU or TPU; or the module
+        that was read from it.
       axes: sizes of the mesh axes by name, in mesh order; device ids in the text
         are positions in `mesh.devices.flat`. None: collectives show device ids.
       kernels: FLOPs of one execution of hand-written kernels that carry no cost
@@ -55,7 +56,7 @@ def read_ledger(
       ValueError: text that cannot be read, an operation whose cost is not known,
         or `axes` that do not multiply to the program's devices.
     """
-    module = read_module(text)
+    module = text if isinstance(text, Module) else read_module(text)
     namer = AxisNamer(axes)
     if axes and namer.num_devices != module.num_devices > 1:
         raise ValueError(

@@ -37,6 +37,7 @@ class Shape:
       space: memory space; 0 is the device's main memory.
       elements: shapes inside a tuple; empty for an array.
       is_tiled: the layout carries tiles, as only XLA:TPU's do.
+      layout: as written, "{1,0:T(8,128)(2,1)}", or "".
     """
 
     dtype: str
@@ -44,6 +45,7 @@ class Shape:
     space: int = 0
     elements: tuple["Shape", ...] = ()
     is_tiled: bool = False
+    layout: str = ""
 
     @functools.cached_property
     def size(self) -> int:
@@ -110,6 +112,7 @@ def _parse(text: str, at: int, whole: str) -> tuple[Shape, int]:
             dims=sizes,
             space=int(space[1]) if space else 0,
             is_tiled="T(" in layout,
+            layout=layout,
         ),
         match.end(),
     )
