@@ -1,0 +1,288 @@
+"""Tokenizer: text to token ids and back, as the checkpoint's makers had it.
+
+It comes from a Hugging Face folder, whose `tokenizer.json` is taken as it is, or from
+the fields of a GGUF file, which name their way of splitting text only by a word; the
+words known here stand in `_SPLITS`. Either way it becomes one `tokenizer.json`, which
+can be stored with a checkpoint of any kind.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxllm import chat, gguf_tokenizer
+from jaxllm.gguf_tokenizer import library
+
+# How SentencePiece writes tokens that are bytes.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      rules: the text of a `tokenizer.json`.
+      eos: ids that end a text or a turn; may be empty.
+      names: texts of special tokens, such as `bos_token`, for the chat template.
+      chat_template: in Jinja, or None.
+      context_len: tokens that the model was made for, or None where it is not said.
+
+    Raises:
+      ValueError: `rules` cannot be read.
+      ModuleNotFoundError: the package `tokenizers` is not installed.
+    """
+
+    rules: str
+    eos: frozenset[int]
+    names: Mapping[str, str]
+    chat_template: str | None = None
+    context_len: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._backend
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        try:
+            return library().Tokenizer.from_str(self.rules)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # The library has no class of its own for them.
+            raise ValueError(
+                f"cannot read tokenizer.json: {error}. It is written by the Hugging"
+                " Face package tokenizers. Give a whole one."
+            ) from error
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, special ones included."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Returns the tokens of `text`.
+
+        Special tokens that are written out in `text` are recognised either way.
+
+        Args:
+          text: anything that UTF-8 can encode.
+          special: also put what the model wants around a text, such as its first token.
+        """
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Returns the text of `tokens`; `special` writes special ones out."""
+        return self._backend.decode(tokens, skip_special_tokens=not special)
+
+    def find(self, text: str) -> int | None:
+        """Returns the token that is `text` as a whole, or None."""
+        return self._backend.token_to_id(text)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether `token` is one byte, of a character that has no token of its own."""
+        return _BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
+
+    def stream(self) -> "Stream":
+        """Returns what turns tokens into text one by one."""
+        return Stream(self)
+
+    def chat(self, *conversations: Sequence[Mapping[str, str]]) -> list[str]:
+        """Returns what the model reads of conversations, up to where it answers.
+
+        The result holds all special tokens; encode it with `special=False`.
+
+        Args:
+          *conversations: messages with `role` ("system", "user", "assistant") and
+            `content`.
+
+        Raises:
+          ValueError: there is no chat template, or it fails (`jaxllm.chat.render`).
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "a chat was asked of a checkpoint without a chat template. Models that"
+                " were not trained to chat have none. Give plain prompts with --nochat,"
+                " or a checkpoint made to follow instructions."
+            )
+        return chat.render(self.chat_template, conversations, self.names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the tokenizer as what JSON can hold."""
+        return {**dataclasses.asdict(self), "eos": sorted(self.eos)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Tokenizer":
+        """Returns the tokenizer that `to_json` wrote.
+
+        Raises:
+          ValueError: `fields` are not of that form.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        wrong = [
+            name
+            for name in known.keys() | fields.keys()
+            if name not in fields or name not in known
+        ]
+        if wrong:
+            raise ValueError(
+                f"cannot read a tokenizer from fields {sorted(fields)}: {sorted(wrong)}"
+                f" are missing or unknown. It has {sorted(known)}. Convert the"
+                " checkpoint again."
+            )
+        return cls(**{**fields, "eos": frozenset(fields["eos"])})
+
+
+class Stream:
+    """Text of tokens that come one by one; never half a character.
+
+    What `push` and `end` return, joined, is what `Tokenizer.decode` returns of all
+    tokens. Held back are characters whose bytes are not all there, and bytes written
+    as tokens of their own, which stand for characters only together.
+    """
+
+    # Enough before the newest token that it decodes as it would after all of them.
+    _CONTEXT = 4
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._said = ""  # of the window's text
+
+    def push(self, token: int) -> str:
+        """Returns the text that is certain with one more token."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        sure = text.rstrip("\ufffd")  # How an unfinished character decodes.
+        if self._tokenizer.is_byte(token) or not sure.startswith(self._said):
+            return ""
+        new = sure[len(self._said) :]
+        self._said = sure
+        if sure == text and len(self._window) > 4 * self._CONTEXT:
+            tail = self._window[-self._CONTEXT :]
+            # With no text in it the next token would seem to be the first.
+            if said := self._tokenizer.decode(tail):
+                self._window, self._said = tail, said
+        return new
+
+    def end(self) -> str:
+        """Returns the rest, when no token will follow."""
+        rest = self._tokenizer.decode(self._window)[len(self._said) :]
+        self._said += rest
+        return rest
+
+
+def tokenizer_of(path: str | pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer in a Hugging Face folder or a GGUF file.
+
+    Args:
+      path: a folder with `tokenizer.json`, beside which `tokenizer_config.json`,
+        `chat_template.jinja`, `generation_config.json` and `config.json` are read
+        where they are there; or a `.gguf` file.
+
+    Raises:
+      ValueError: no tokenizer is there, or it is of a kind that is not read here.
+      ModuleNotFoundError: the package `tokenizers` or `gguf` is not installed.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    return Tokenizer(**gguf_tokenizer.attributes(gguf_tokenizer.read_fields(path)))
+
+
+def _of_folder(folder: pathlib.Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no tokenizer.json. A tokenizer.model alone is not read here:"
+            " it does not say all. Write a tokenizer.json with save_pretrained of"
+            " transformers.AutoTokenizer."
+        )
+    try:
+        rules = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}. Give a whole one.") from error
+    settings = _fields(folder / "tokenizer_config.json")
+    model = _fields(folder / "config.json")
+    names = {
+        name: text
+        for name, value in settings.items()
+        if name.endswith("_token") and (text := _text(value)) is not None
+    }
+    tokenizer = Tokenizer(rules=rules, eos=frozenset(), names=names)
+    # The most particular says it: what to stop at, what the model has, the tokenizer's.
+    ends = [
+        _fields(folder / "generation_config.json").get("eos_token_id"),
+        model.get("eos_token_id"),
+        tokenizer.find(names.get("eos_token", "")),
+    ]
+    said = next((end for end in ends if end is not None), ())
+    return dataclasses.replace(
+        tokenizer,
+        eos=frozenset(_ids(said, folder)),
+        chat_template=_template(folder, settings.get("chat_template")),
+        context_len=_length(model.get("max_position_embeddings"), folder),
+    )
+
+
+def _fields(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the fields of a JSON file; none if it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"cannot read {path}: {error}. It is JSON. Give a whole one."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"cannot read {path}: it holds a {type(fields).__name__}, not an object of"
+            " fields. Give a whole one."
+        )
+    return fields
+
+
+def _text(value: Any) -> str | None:
+    """Returns the text of a special token, which may come with its settings."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _ids(value: Any, where: Any) -> Sequence[int]:
+    ids = value if isinstance(value, list | tuple) else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(
+            f"{where} has eos_token_id {value!r}; it is a token or a list of tokens."
+            " Correct the file."
+        )
+    return ids
+
+
+def _length(value: Any, where: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(
+            f"{where} has a context of {value!r} tokens; it is a positive whole number."
+            " Correct the file."
+        )
+    return value
+
+
+def _template(folder: pathlib.Path, value: Any) -> str | None:
+    """Returns the chat template: the file of it, or else the default one of several."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"cannot read {path}: {error}. It is text in UTF-8. Correct the file."
+            ) from error
+    if isinstance(value, list):
+        named = {t.get("name"): t for t in value if isinstance(t, Mapping)}
+        value = named.get("default", {}).get("template")
+    return value if isinstance(value, str) else None
