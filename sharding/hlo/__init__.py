@@ -1,9 +1,14 @@
-"""Reads the optimised HLO text of any JAX program. Needs nothing but the text.
+"""Reads the optimised HLO of any JAX program. Needs nothing but the text.
 
-read_ledger(text, axes) -> Ledger: FLOPs, HBM bytes, collectives by mesh axis and
-loops, of one device for one call. read_module(text) -> Module for a closer look.
+analyze(compiled) -> Analysis: FLOPs, bytes, collectives by mesh axis, memory and the
+buffers at its peak, time bounds and advice, of one device for one call.
+read_ledger(text, axes) -> Ledger, the first three; read_module(text) -> Module for a
+closer look. See docs/inspecting.md.
 """
 
+from sharding.hlo.advice import Advice as Advice
+from sharding.hlo.analysis import Analysis as Analysis
+from sharding.hlo.analysis import analyze as analyze
 from sharding.hlo.groups import AxisNamer as AxisNamer
 from sharding.hlo.groups import parse_groups as parse_groups
 from sharding.hlo.ledger import Collective as Collective
@@ -11,9 +16,16 @@ from sharding.hlo.ledger import Cost as Cost
 from sharding.hlo.ledger import Ledger as Ledger
 from sharding.hlo.ledger import Loop as Loop
 from sharding.hlo.ledger import read_ledger as read_ledger
+from sharding.hlo.memory import Argument as Argument
+from sharding.hlo.memory import Buffer as Buffer
+from sharding.hlo.memory import Memory as Memory
+from sharding.hlo.memory import XlaMemory as XlaMemory
 from sharding.hlo.reader import Computation as Computation
 from sharding.hlo.reader import Instruction as Instruction
 from sharding.hlo.reader import Module as Module
 from sharding.hlo.reader import read_module as read_module
+from sharding.hlo.roofline import Bound as Bound
+from sharding.hlo.roofline import Rates as Rates
+from sharding.hlo.roofline import Roofline as Roofline
 from sharding.hlo.shapes import Shape as Shape
 from sharding.hlo.shapes import parse_shape as parse_shape

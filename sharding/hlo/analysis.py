@@ -7,13 +7,21 @@ See docs/inspecting.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from sharding.hlo.advice import Advice
-from sharding.hlo.memory import Memory
-from sharding.hlo.records import Ledger
+from sharding.hlo.advice import Advice, find_advice
+from sharding.hlo.ledger import read_ledger
+from sharding.hlo.memory import Memory, find_memory
+from sharding.hlo.programs import Program, axis_sizes, check_devices, load
+from sharding.hlo.reader import read_module
+from sharding.hlo.records import Collective, Ledger
 from sharding.hlo.render import Rendered, Table
-from sharding.hlo.roofline import Roofline
+from sharding.hlo.roofline import Rates, Roofline, find_roofline
+
+_NAME = re.compile(r"HloModule ([^,\s]+).*", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,7 @@ class Analysis(Rendered):
       memory: by category, and the buffers alive at the peak.
       roofline: time bounds; None without a chip.
       advice: what to look at, most bytes first.
+      warnings: what the figures assume, such as lengths of loops and branches taken.
       xla_flops: what XLA itself counts, loops once; None where it does not say.
     """
 
@@ -40,6 +49,7 @@ class Analysis(Rendered):
     memory: Memory
     roofline: Roofline | None
     advice: tuple[Advice, ...]
+    warnings: tuple[str, ...]
     xla_flops: float | None = None
 
     @property
@@ -74,13 +84,73 @@ class Analysis(Rendered):
             for axis, rows in self.ledger.by_axis().items()
         }
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the figures assume: lengths of loops, branches taken."""
-        return self.ledger.warnings
-
     def _title(self) -> str:
-        return f"{self.name} on {self.num_devices} devices; figures of one device"
+        return f"{self.name} on {self.num_devices} devices; figures are of one device"
+
+    def _lines(self) -> tuple[str, ...]:
+        return tuple(f"Note: {warning}" for warning in self.warnings)
 
     def _tables(self) -> tuple[Table, ...]:
         return ()
+
+
+def analyze(
+    program: Program,
+    mesh: Any = None,
+    chip: Rates | None = None,
+    *,
+    kernels: Mapping[str, int] | None = None,
+    trip_counts: Mapping[str, int] | None = None,
+    collective_time_s: Callable[[Collective], float] | None = None,
+    top: int = 100,
+) -> Analysis:
+    """Returns what a compiled program does, holds and sends, on one device.
+
+    Args:
+      program: a compiled JAX function, the text of optimised HLO, the path of a file
+        that --xla_dump_to wrote (text or .hlo.pb), or the bytes of an HloProto.
+      mesh: a jax Mesh, or sizes of the axes in mesh order, {"data": 2, "tensor": 4}.
+        None: the mesh that a compiled function's arguments lie on, if it is one; else
+        collectives name device sets.
+      chip: rates of one device, for time bounds; None: no bounds.
+      kernels: FLOPs of hand-written kernels; see `read_ledger`.
+      trip_counts: of loops whose length depends on data; see `read_ledger`.
+      collective_time_s: prices collectives; see `find_roofline`.
+      top: instructions kept in `roofline.top`.
+
+    Raises:
+      TypeError: `program` or `mesh` is nothing of the above.
+      ValueError: the program cannot be read, has an operation whose cost is not
+        known, or runs on another number of devices than `mesh` has.
+    """
+    loaded = load(program)
+    module = read_module(loaded.text)
+    axes = axis_sizes(mesh)
+    if axes is not None:
+        check_devices(axes, module.num_replicas, module.num_partitions)
+    elif loaded.axes and math.prod(loaded.axes.values()) == module.num_devices:
+        axes = dict(loaded.axes)
+    ledger = read_ledger(module, axes, kernels=kernels, trip_counts=trip_counts)
+    memory = find_memory(module, loaded.donated, loaded.xla_memory)
+    warnings = ledger.warnings
+    if not memory.is_scheduled:
+        warnings += (
+            "the text states no order of execution (is_scheduled=true): it is not what"
+            " a device runs, and the order of its lines stands in.",
+        )
+    return Analysis(
+        name=_NAME.sub(r"\1", module.header) or "program",
+        num_replicas=module.num_replicas,
+        num_partitions=module.num_partitions,
+        axes=axes or {},
+        ledger=ledger,
+        memory=memory,
+        roofline=None
+        if chip is None
+        else find_roofline(
+            ledger, module, chip, collective_time_s=collective_time_s, limit=top
+        ),
+        advice=find_advice(module, ledger, memory, axes),
+        warnings=warnings,
+        xla_flops=loaded.xla_flops,
+    )

@@ -7,8 +7,17 @@ what is alive; the difference is fragmentation and reuse that we do not see.
 """
 
 import dataclasses
+import re
+
+from sharding.hlo.footprint import spell_shape
+from sharding.hlo.liveness import Schedule, Value, follow, leaf_at, parse_aliasing
+from sharding.hlo.reader import Module, attribute
+from sharding.hlo.source import Sources, read_sources
 
 KINDS = ("argument", "output", "temporary", "constant")
+
+_POINTS = 512  # of a timeline
+_DONOR = re.compile(r"\((\d+),")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,3 +123,117 @@ class Memory:
             + self.constant_bytes
             + self.temporary_bytes
         )
+
+
+def find_memory(
+    module: Module,
+    donated: tuple[bool, ...] | None = None,
+    xla: XlaMemory | None = None,
+) -> Memory:
+    """Returns what one device holds while it runs `module`.
+
+    Args:
+      module: the program.
+      donated: for each parameter of the entry, whether the caller gave it away.
+      xla: XLA's own account, to stand beside.
+
+    Raises:
+      ValueError: a computation or an operand is not in the text.
+    """
+    # TPU numbers its on-chip memories and the host; on GPU 5 is the host.
+    is_counted = (lambda s: s == 0) if module.is_tpu else (lambda s: s != 5)
+    schedule = follow(module, is_counted)
+    sources = read_sources(module)
+    arguments, alias_bytes = _arguments(module, schedule, sources, donated)
+    buffers = [
+        _buffer(sources, where, value, "temporary") for where, value in schedule.peak()
+    ]
+    constants = 0
+    for value in schedule.values:
+        opcode = value.instruction.opcode
+        if value.given >= 0:
+            name = arguments[int(value.instruction.literal)].name
+            buffers.append(_buffer(sources, schedule, value, "argument", name))
+        elif opcode == "constant":
+            constants += value.num_bytes
+            buffers.append(_buffer(sources, schedule, value, "constant"))
+        elif value.is_result:
+            buffers.append(_buffer(sources, schedule, value, "output"))
+    return Memory(
+        argument_bytes=sum(argument.num_bytes for argument in arguments),
+        output_bytes=sum(value.num_bytes for value in schedule.results),
+        alias_bytes=alias_bytes,
+        constant_bytes=constants,
+        temporary_bytes=schedule.peak_bytes,
+        peak_at=schedule.peak_path(),
+        peak=tuple(
+            sorted((b for b in buffers if b.num_bytes), key=lambda b: -b.num_bytes)
+        ),
+        timeline_bytes=_thinned(schedule.live_bytes),
+        arguments=arguments,
+        is_scheduled="is_scheduled=true" in module.header,
+        xla=xla,
+    )
+
+
+def _arguments(
+    module: Module,
+    schedule: Schedule,
+    sources: Sources,
+    donated: tuple[bool, ...] | None,
+) -> tuple[tuple[Argument, ...], int]:
+    """Returns the entry's parameters, and the bytes that outputs take over."""
+    header = module.header.partition(",")[2]
+    aliases = parse_aliasing(attribute(header, "input_output_alias") or "")
+    donors = {int(n) for n in _DONOR.findall(attribute(header, "buffer_donor") or "")}
+    taken: dict[int, int] = {}
+    parameters = module.entry.parameters
+    given: dict[int, list[Value]] = {}
+    for value in schedule.values:
+        if value.given >= 0:
+            given.setdefault(int(value.instruction.literal), []).append(value)
+    for _, number, index in aliases:
+        if number < len(parameters):
+            start = leaf_at(parameters[number].shape, index)
+            taken[number] = taken.get(number, 0) + given[number][start].num_bytes
+    if donated is not None and len(donated) != len(parameters):
+        donated = None  # JAX's arguments and the text's are not one to one
+    found = []
+    for parameter in parameters:
+        number = int(parameter.literal)
+        is_donated = True if number in donors or number in taken else None
+        if donated is not None:
+            is_donated = donated[number]
+        op_name, _ = sources.of(parameter)
+        found.append(
+            Argument(
+                number=number,
+                name=op_name or parameter.name,
+                shape=spell_shape(parameter.shape),
+                num_bytes=sum(value.num_bytes for value in given.get(number, ())),
+                aliased_bytes=taken.get(number, 0),
+                is_donated=is_donated,
+            )
+        )
+    return tuple(found), sum(taken.values())
+
+
+def _buffer(
+    sources: Sources, schedule: Schedule, value: Value, kind: str, name: str = ""
+) -> Buffer:
+    op_name, source = sources.of(value.instruction)
+    return Buffer(
+        name=name or value.instruction.name,
+        computation=schedule.computation.name,
+        shape=spell_shape(value.shape),
+        num_bytes=value.num_bytes,
+        kind=kind,
+        op_name=op_name,
+        source=source,
+    )
+
+
+def _thinned(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns at most `_POINTS` values, each the largest of its stretch."""
+    step = -(-len(values) // _POINTS) or 1
+    return tuple(max(values[k : k + step]) for k in range(0, len(values), step))
