@@ -1,10 +1,25 @@
 """Shapes of dense decoder-only transformers: presets and Hugging Face configs."""
 
 import dataclasses
-import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from jaxllm import files
+
+
+def _check_positive(numbers: Any) -> None:
+    """Checks every int and float of a dataclass to be positive and finite."""
+    for field in dataclasses.fields(numbers):
+        value = getattr(numbers, field.name)
+        if field.type not in (int, float):
+            continue
+        if type(value) not in (int, field.type) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{field.name}={str(value)[:80]} of a model must be a positive"
+                f" {field.type.__name__}; correct the config."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,12 +30,25 @@ class RopeScaling:
     are stretched by `factor`, shorter ones than `... / high_freq_factor` are kept,
     those between are interpolated. Source: "The Llama 3 Herd of Models",
     arXiv:2407.21783, and the `rope_scaling` entry of its config.json.
+
+    Raises:
+      ValueError: a number is not positive and finite, or there is nothing between
+        the two factors.
     """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} of a rotary scaling is not"
+                f" below high_freq_factor={self.high_freq_factor}; wavelengths between"
+                " the two are interpolated. Correct the config."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +86,7 @@ class ModelConfig:
     tie_embeddings: bool
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type not in (int, float):
-                continue
-            if type(value) not in (int, field.type) or not value > 0:
-                raise ValueError(
-                    f"{field.name}={value!r} of a model must be a positive"
-                    f" {field.type.__name__}; correct the config."
-                )
+        _check_positive(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of"
@@ -199,19 +219,7 @@ def load(name: str) -> ModelConfig:
             f" Presets are {', '.join(PRESETS)}. Choose one, or give the path of a"
             " Hugging Face config.json."
         )
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read model config {path}: {error}. A model is described by a"
-            " Hugging Face config.json; give such a file."
-        ) from error
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"cannot read model config {path}: it holds a {type(fields).__name__}, not"
-            " an object of fields. Give a Hugging Face config.json."
-        )
-    return from_hugging_face(fields)
+    return from_hugging_face(files.read_json(files.find(path)))
 
 
 def from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
@@ -243,36 +251,42 @@ def from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
                 " the Llama family. Use a model that has it so."
             )
 
-    def need(key: str) -> Any:
-        if fields.get(key) is None:
-            raise ValueError(
-                f"config has no {key!r}; it is part of the model's shape and has no"
-                " default here. Add it to config.json."
-            )
-        return fields[key]
-
     # transformers 5 writes one `rope_parameters`; earlier ones the two older fields.
-    rope = fields.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    if theta is None:
-        raise ValueError(
-            "config has neither rope_theta nor rope_parameters.rope_theta; rotary"
-            " embedding has no default base here. Add it to config.json."
-        )
-    num_heads = need("num_attention_heads")
+    rope = _get(fields, "rope_parameters", dict, {})
+    embed_dim = _get(fields, "hidden_size", int)
+    num_heads = _get(fields, "num_attention_heads", int)
     return ModelConfig(
-        num_layers=need("num_hidden_layers"),
-        embed_dim=need("hidden_size"),
+        num_layers=_get(fields, "num_hidden_layers", int),
+        embed_dim=embed_dim,
         num_heads=num_heads,
-        num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-        head_dim=fields.get("head_dim") or need("hidden_size") // num_heads,
-        mlp_dim=need("intermediate_size"),
-        vocab_size=need("vocab_size"),
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(rope or fields.get("rope_scaling") or {}),
-        norm_eps=float(need("rms_norm_eps")),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        num_kv_heads=_get(fields, "num_key_value_heads", int, num_heads),
+        head_dim=_get(fields, "head_dim", int, embed_dim // max(1, num_heads)),
+        mlp_dim=_get(fields, "intermediate_size", int),
+        vocab_size=_get(fields, "vocab_size", int),
+        rope_theta=_get({**fields, **rope}, "rope_theta", float),
+        rope_scaling=_rope_scaling(rope or _get(fields, "rope_scaling", dict, {})),
+        norm_eps=_get(fields, "rms_norm_eps", float),
+        tie_embeddings=_get(fields, "tie_word_embeddings", bool, False),
     )
+
+
+def _get(fields: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Returns a field of type `kind`; null counts as absent."""
+    value = fields.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(
+            f"config has no {key!r}; it is part of the model and has no default here."
+            " Add it to config.json."
+        )
+    if kind is float and type(value) is int and abs(value) < 1 << 63:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(
+            f"config has {key}={str(value)[:80]!r}, a {type(value).__name__}; it must"
+            f" be one {kind.__name__}. Correct config.json."
+        )
+    return value
 
 
 def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
@@ -285,10 +299,10 @@ def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
             " 'llama3'. Use a model with one of these."
         )
     return RopeScaling(
-        factor=float(fields["factor"]),
-        low_freq_factor=float(fields["low_freq_factor"]),
-        high_freq_factor=float(fields["high_freq_factor"]),
-        original_max_position_embeddings=int(
-            fields["original_max_position_embeddings"]
+        factor=_get(fields, "factor", float),
+        low_freq_factor=_get(fields, "low_freq_factor", float),
+        high_freq_factor=_get(fields, "high_freq_factor", float),
+        original_max_position_embeddings=_get(
+            fields, "original_max_position_embeddings", int
         ),
     )
