@@ -1,11 +1,14 @@
 """Prefill and one-token decode over a KV cache, on one program.
 
 A pipeline over stages (`sharding.pipeline`) uses the same pieces: the attention of
-each phase, the pick of the last prompt position, and greedy sampling.
+each phase, the pick of the last prompt position, and sampling.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -94,6 +97,83 @@ def whole_table(
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """Returns the most likely token; the lowest of equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is picked from its scores.
+
+    Attributes:
+      temperature: divides the scores; 0 takes the most likely token.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: of these, keep the fewest most likely ones that together have this
+        probability (Holtzman et al. 2019, arXiv:1904.09751).
+
+    Raises:
+      ValueError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+        }
+        for name, (good, rule) in rules.items():
+            if not good:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of sampling must be {rule}. Choose"
+                    " such a value."
+                )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+GREEDY = Sampling()
+
+
+def pick(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seeds: Array,
+    positions: Int[Array, "..."],
+) -> Int[Array, " B"]:
+    """Returns one token a sequence, drawn from what `sampling` keeps.
+
+    A draw is the largest score after adding Gumbel noise (Maddison et al. 2014,
+    arXiv:1411.0030), which is a function of seed, position and token alone: a
+    sequence gets the same text in any batch and under any partition.
+
+    Args:
+      logits: scores of every token.
+      sampling: what to keep; not greedy.
+      seeds: uint32, one a sequence.
+      positions: where the token will stand: one for all sequences, or one each.
+    """
+    scores = logits / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        least = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    if sampling.top_p < 1:
+        ranked = jnp.sort(scores, axis=-1, descending=True)
+        chance = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(chance, axis=-1) - chance
+        kept = jnp.where(before < sampling.top_p, ranked, jnp.inf)
+        least = jnp.min(kept, axis=-1, keepdims=True)
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+
+    def noise(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, scores.shape[1:], scores.dtype)
+
+    where = jnp.broadcast_to(positions, seeds.shape)
+    return greedy(scores + jax.vmap(noise)(seeds, where))
 
 
 def prefill(

@@ -144,14 +144,18 @@ class Attention(nnx.Module):
         return jnp.einsum("BTN,ND->BTD", flat, self.w_out[...])
 
 
+# The most pieces into which gate and up are cut: 16 x 9 has the divisors 2, 3, 4, 6, 8,
+# 9, 12, 16, ..., which are the tensor degrees there are.
+MLP_PIECES = 144
+
+
 def mlp_pieces(config: ModelConfig) -> int:
     """Returns into how many pieces gate and up are cut to be interleaved.
 
     A tensor degree that divides it gives every device whole pieces of both. It is 16
-    for the Llama 3.1 models and 48 for SmolLM2-135M, so it allows degrees 2, 4, 8, 16
-    and, where F does, 3 and 6.
+    for the Llama 3.1 models and 48 for SmolLM2-135M.
     """
-    return math.gcd(config.mlp_dim, 144)
+    return math.gcd(config.mlp_dim, MLP_PIECES)
 
 
 class MLP(nnx.Module):

@@ -24,6 +24,7 @@ from jaxllm.layers import MLP, Attention, Place, RMSNorm, anywhere, param
 
 Layers = Literal["unrolled", "scanned"]
 Tree = Any  # A pytree of arrays, of shapes, or of shardings.
+Part = int | Literal["ends"]  # A decoder block, or what stands around all of them.
 
 # Attention of new queries, keys and values with a layer's cache, which it updates.
 Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.cache import CACHE_AXES, KV
 from jaxllm.config import ModelConfig
 from jaxllm.model import Layers, Params, Tree, init_params, param_axes, stack_blocks
+from sharding.computed import widen
 from sharding.partition import Partition, Workload
 from sharding.rules import MESH_AXES
 
@@ -35,6 +36,8 @@ class State(NamedTuple):
       round: [] int32, decode calls so far.
       hidden: residual streams on their way between stages, [stage, B/groups, D];
         an empty tuple where there is one stage.
+      seeds: [B] uint32, of the draws for each sequence; an empty tuple where tokens
+        are not drawn.
     """
 
     cache: Tree
@@ -42,6 +45,7 @@ class State(NamedTuple):
     position: Any
     round: Any
     hidden: Any
+    seeds: Any
 
 
 class Named(NamedTuple):
@@ -67,6 +71,7 @@ class Layout:
       dtype: of parameters, activations and cache.
       layers: whether each layer is its own arrays, or all are stacked.
       ragged: whether every sequence has its own position.
+      drawn: whether tokens are drawn, from a seed a sequence.
     """
 
     config: ModelConfig
@@ -75,14 +80,12 @@ class Layout:
     dtype: str = "bfloat16"
     layers: Layers = "unrolled"
     ragged: bool = False
+    drawn: bool = False
 
     @property
     def model(self) -> ModelConfig:
-        """The model as computed: key/value heads repeated over tensor devices."""
-        repeat = self.partition.kv_repeat(self.config)
-        return dataclasses.replace(
-            self.config, num_kv_heads=self.config.num_kv_heads * repeat
-        )
+        """The model as computed: see `Partition.computed`."""
+        return self.partition.computed(self.config)
 
     @property
     def cache_heads(self) -> int:
@@ -168,6 +171,7 @@ class Layout:
             ),
             round=Named((), jnp.int32, ()),
             hidden=hidden if staged else (),
+            seeds=Named((batch,), jnp.uint32, ("batch",)) if self.drawn else (),
         )
 
     def spec(self, names: Names, keep: tuple[str, ...] = MESH_AXES) -> PartitionSpec:
@@ -201,19 +205,21 @@ class Layout:
     def arrange(self, params: Params) -> Params:
         """Returns unrolled parameters of the published model in this layout.
 
-        Repeats key/value heads, deals layers to stages and fills stages up with
-        zeros. Traceable.
+        Repeats key/value heads, fills widths up, deals layers to stages and fills
+        stages up with zeros. Traceable.
         """
-        repeat = self.partition.kv_repeat(self.config)
-        blocks = [_repeat_kv_heads(tree, self.config, repeat) for tree in params.blocks]
+        ends, *blocks = (
+            widen(tree, self.config, self.model)
+            for tree in (params.ends, *params.blocks)
+        )
         if self.partition.stage > 1:
             blocks = self._deal(blocks)
         if self.layers == "unrolled":
-            return Params(ends=params.ends, blocks=tuple(blocks))
+            return Params(ends=ends, blocks=tuple(blocks))
         stacked = stack_blocks(blocks)
         if self.partition.stage > 1:
             stacked = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
-        return Params(ends=params.ends, blocks=stacked)
+        return Params(ends=ends, blocks=stacked)
 
     def _deal(self, blocks: list[Tree]) -> list[Tree]:
         """Returns, for each layer of a stage, the trees of all stages stacked."""
@@ -238,35 +244,22 @@ class Layout:
                 lambda n: jnp.zeros(n.shape, n.dtype), named, is_leaf=_is_named
             )
 
-        return jax.jit(make, out_shardings=self._shardings(named, mesh))()
+        return jax.jit(make, out_shardings=self.shardings(named, mesh))()
 
     def place_params(self, params: Params, mesh: Mesh) -> Params:
         """Returns unrolled parameters of the published model, arranged on `mesh`."""
-        shardings = self._shardings(self.named_params(), mesh)
+        shardings = self.shardings(self.named_params(), mesh)
         return jax.jit(self.arrange, out_shardings=shardings)(params)
 
     def random_params(self, mesh: Mesh, seed: int = 0) -> Params:
         """Returns random parameters, made on the devices of `mesh` where they lie."""
-        shardings = self._shardings(self.named_params(), mesh)
+        shardings = self.shardings(self.named_params(), mesh)
 
         def make() -> Params:
             return self.arrange(init_params(self.config, self.dtype, seed))
 
         return jax.jit(make, out_shardings=shardings)()
 
-    def _shardings(self, named: Tree, mesh: Mesh) -> Tree:
+    def shardings(self, named: Tree, mesh: Mesh) -> Tree:
+        """Returns the `NamedSharding` of every `Named`."""
         return jax.tree.map(lambda a: a.sharding, self.abstract(named, mesh))
-
-
-def _repeat_kv_heads(block: Tree, config: ModelConfig, repeat: int) -> Tree:
-    """Returns the block with every key/value head `repeat` times, queries dealt out."""
-    if repeat == 1:
-        return block
-    group, k, h = config.group_size, config.num_kv_heads, config.head_dim
-    w_qkv = block["attention"]["w_qkv"]
-    d = w_qkv.shape[0]
-    w_qkv = w_qkv.reshape(d, k, group + 2, h)
-    queries = w_qkv[:, :, :group].reshape(d, k * repeat, group // repeat, h)
-    shared = jnp.repeat(w_qkv[:, :, group:], repeat, axis=1)
-    w_qkv = jnp.concatenate([queries, shared], axis=2).reshape(d, -1)
-    return {**block, "attention": {**block["attention"], "w_qkv": w_qkv}}

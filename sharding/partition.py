@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from jaxllm.config import ModelConfig
-from jaxllm.layers import mlp_pieces
+from jaxllm.layers import MLP_PIECES, mlp_pieces
 from sharding.rules import AxisRules
 from sharding.tensor import MEGATRON, RULES
 
@@ -124,10 +124,33 @@ class Partition:
         """Returns on how many tensor devices each key/value head is computed."""
         return max(1, self.ways("heads") // config.num_kv_heads)
 
+    def computed(self, config: ModelConfig) -> ModelConfig:
+        """Returns the model as it is computed, where pieces must be equal.
+
+        Key/value heads are repeated over tensor devices beyond their number. A hidden
+        width or a vocabulary that does not divide is filled up with zeros, to pieces
+        of a multiple of 16 columns and 8 tokens.
+        """
+        mlp, vocab = config.mlp_dim, config.vocab_size
+        if mlp_pieces(config) % self.ways("mlp"):
+            mlp = _up(mlp, 16 * self.ways("mlp"))
+        if vocab % self.ways("vocab"):
+            vocab = _up(vocab, 8 * self.ways("vocab"))
+        return dataclasses.replace(
+            config,
+            num_kv_heads=config.num_kv_heads * self.kv_repeat(config),
+            mlp_dim=mlp,
+            vocab_size=vocab,
+        )
+
     def stage_layers(self, config: ModelConfig) -> tuple[int, ...]:
         """Returns how many layers each stage holds; earlier stages hold the excess."""
         base, excess = divmod(config.num_layers, self.stage)
         return tuple(base + (s < excess) for s in range(self.stage))
+
+
+def _up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
 
 
 def parse_rules(name: str) -> AxisRules:
@@ -219,8 +242,7 @@ def check(
         )
     _check_heads(config, partition, name)
     sizes = {
-        "mlp": (f"hidden width {config.mlp_dim} in its pieces", mlp_pieces(config)),
-        "vocab": ("vocabulary", config.vocab_size),
+        "mlp": ("pieces of the feed-forward layer,", MLP_PIECES),
         "embed": ("width", config.embed_dim),
         "residual_seq": ("prompt length", workload.input_len),
     }

@@ -48,7 +48,8 @@ class Pipeline:
       micro_batches: M of prefill; a multiple of G.
       place: pins activations over the axes that the compiler handles.
       lookup: embeds tokens, of which this stage holds a part of the table.
-      sample: picks tokens from this stage's part of the logits.
+      sample: picks tokens from this stage's part of the logits, the sequences' seeds
+        and the positions where the tokens will stand.
       with_logits: return the logits; else an empty tuple stands for them.
       wide_sums: sum over stages in float32, for XLA:CPU, which aborts on a bfloat16
         all-reduce inside a manual region ("Invalid binary instruction opcode copy",
@@ -61,7 +62,7 @@ class Pipeline:
     micro_batches: int
     place: Place
     lookup: Lookup
-    sample: Callable[[jax.Array], jax.Array]
+    sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
     wide_sums: bool
 
@@ -118,8 +119,8 @@ class Pipeline:
             (_, cache), last = lax.scan(tick, (empty, cache), jnp.arange(ticks))
         last = self._join(last[self.stages - 1 :])
         logits = self._logits(params.ends, self._from_last_stage(last))
-        tokens = self.sample(logits)
         count = jnp.int32(seq_len) if lengths is None else lengths
+        tokens = self.sample(logits, state.seeds, count)
         state = state._replace(
             cache=_global(cache),
             tokens=tokens,
@@ -172,7 +173,11 @@ class Pipeline:
             logits = self._logits(ends, self._from_last_stage(x))
             done = (t + 1) % self.groups
             fresh = (done == 0) | (state.round > 0)
-            token = jnp.where(fresh, self.sample(logits), tokens[done])
+            # Behind the token that the last stage has just seen.
+            late = (t < self.stages - 1).astype(jnp.int32)
+            where = self._position(state.position, done) + 1 - late
+            token = self.sample(logits, self._seeds(state, done), where)
+            token = jnp.where(fresh, token, tokens[done])
             tokens = tokens.at[done].set(token)
             return (cache, tokens, self._pass_on(x)), self._all_logits(logits)
 
@@ -206,7 +211,7 @@ class Pipeline:
             carry, every = lax.scan(tick, carry, jnp.arange(self.stages))
         last = every[-1]
         logits = self._logits(ends, self._from_last_stage(last))
-        token = self.sample(logits)[None]
+        token = self.sample(logits, state.seeds, state.position + 1)[None]
         return carry[0], token, hidden, self._all_logits(logits)
 
     def _step(
@@ -236,6 +241,11 @@ class Pipeline:
         if position.ndim == 0:
             return position
         return position.reshape(self.groups, -1)[item % self.groups]
+
+    def _seeds(self, state: State, group: jax.Array) -> Any:
+        if isinstance(state.seeds, tuple):
+            return ()
+        return state.seeds.reshape(self.groups, -1)[group]
 
     def _split(self, x: jax.Array) -> jax.Array:
         """Returns [B, ...] as micro-batches [M, B/M, ...]; i is of group i % G."""

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import decode as decode_lib
 from jaxllm.config import ModelConfig
-from jaxllm.decode import Lookup
+from jaxllm.decode import GREEDY, Lookup, Sampling
 from jaxllm.layers import Place
 from jaxllm.model import Layers, Params
 from sharding import vocab
@@ -100,6 +100,7 @@ class Program:
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
       with_logits: also return logits [B, V] in float32.
+      sampling: how tokens are picked; if not greedy, `State.seeds` says from what.
 
     Raises:
       ValueError: the combination cannot work; see `sharding.partition.check`.
@@ -114,6 +115,7 @@ class Program:
     micro_batches: int | None = None
     ragged: bool = False
     with_logits: bool = False
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         check(self.config, self.partition, self.workload)
@@ -135,6 +137,7 @@ class Program:
             dtype=self.dtype,
             layers=self.layers,
             ragged=self.ragged,
+            drawn=not self.sampling.is_greedy,
         )
 
     @property
@@ -286,10 +289,17 @@ class Program:
             if self.partition.stage > 1
             else self._single(platform)
         )
+
+        def program(*arguments: Any) -> tuple[State, Any]:
+            state, logits = local(*arguments)
+            # Without the scores that fill the vocabulary up.
+            return state, jax.tree.map(lambda x: x[:, : self.config.vocab_size], logits)
+
+        program.__name__ = self.phase  # what profiles and HLO call the module
         if not manual:
-            return local
+            return program
         return jax.shard_map(
-            local,
+            program,
             mesh=mesh,
             in_specs=tuple(
                 self.layout.specs(named, manual) for named in self.named_arguments()
@@ -327,7 +337,14 @@ class Program:
             functools.partial(
                 vocab.lookup, axes=axes, inner=inner, rows=rows, wide=wide
             ),
-            functools.partial(vocab.sample, axes=axes, inner=inner, rows=rows),
+            functools.partial(
+                vocab.sample,
+                sampling=self.sampling,
+                vocab_size=self.config.vocab_size,
+                axes=axes,
+                inner=inner,
+                rows=rows,
+            ),
         )
 
     def _staged(self, platform: str) -> Callable[..., Any]:
@@ -363,26 +380,34 @@ class Program:
         count = self.prefill_micro_batches
         size = prompts.shape[0] // count
 
-        def read(cache: Any, item: tuple[jax.Array, ...], row: Any) -> tuple[Any, Any]:
+        def read(cache: Any, item: tuple[Any, ...], row: Any) -> tuple[Any, Any]:
+            tokens, lengths, seeds = item
             cache, logits = decode_lib.prefill(
-                config, params, cache, *item, place=place, lookup=lookup, row=row
+                config,
+                params,
+                cache,
+                tokens,
+                lengths,
+                place=place,
+                lookup=lookup,
+                row=row,
             )
-            return cache, (sample(logits), logits if self.with_logits else ())
+            where = jnp.int32(tokens.shape[1]) if lengths is None else lengths
+            picked = sample(logits, seeds, where)
+            return cache, (picked, logits if self.with_logits else ())
 
-        items = (prompts,) if lengths is None else (prompts, lengths)
+        items = (prompts, lengths, state.seeds)
         if count == 1:
             cache, (tokens, logits) = read(state.cache, items, 0)
         else:
-            split = tuple(x.reshape(count, size, *x.shape[1:]) for x in items)
+            split = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), items)
 
-            def body(cache: Any, step: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-                i, *item = step
-                return read(cache, tuple(item), i * size)
+            def body(cache: Any, step: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+                i, item = step
+                return read(cache, item, i * size)
 
             with jax.named_scope("micro_batches"):
-                cache, results = lax.scan(
-                    body, state.cache, (jnp.arange(count), *split)
-                )
+                cache, results = lax.scan(body, state.cache, (jnp.arange(count), split))
             tokens, logits = jax.tree.map(
                 lambda x: x.reshape(-1, *x.shape[2:]), results
             )
@@ -412,7 +437,7 @@ class Program:
         )
         state = state._replace(
             cache=cache,
-            tokens=sample(logits),
+            tokens=sample(logits, state.seeds, state.position + 1),
             position=state.position + 1,
             round=state.round + 1,
         )

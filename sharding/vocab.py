@@ -8,13 +8,14 @@ not yet handled by an enclosing one.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxllm.decode import greedy
+from jaxllm.decode import Sampling, greedy, pick
 
 
 def lookup(
@@ -55,33 +56,59 @@ def lookup(
 
 def sample(
     logits: jax.Array,
+    seeds: Any,
+    positions: jax.Array,
     *,
+    sampling: Sampling,
+    vocab_size: int,
     axes: Sequence[str],
     inner: Sequence[str],
     rows: Sequence[str],
 ) -> jax.Array:
-    """Returns the most likely token [B] of logits [B, V]; the lowest of equals.
+    """Returns the next token [B] from logits [B, V].
+
+    Greedy: the lowest of equals, found from one score and one token a device. Else
+    scores are gathered, and every device draws the same.
 
     Args:
-      logits: V split over `axes`.
+      logits: V split over `axes`, perhaps filled up beyond `vocab_size`.
+      seeds: [B] uint32; not looked at if greedy.
+      positions: where the token will stand, [] or [B]; likewise.
+      sampling: how to pick.
+      vocab_size: tokens there are.
       axes: as for `lookup`.
       inner: as for `lookup`.
       rows: as for `lookup`.
     """
     if not axes:
-        return greedy(logits)
+        if sampling.is_greedy:
+            return greedy(logits)
+        return pick(logits, sampling, seeds, positions)
 
-    def local(logits: jax.Array) -> jax.Array:
-        best = greedy(logits)
-        score = jnp.max(logits, axis=-1)
-        token = best + lax.axis_index(tuple(axes)).astype(jnp.int32) * logits.shape[-1]
-        scores = lax.all_gather(score, tuple(axes))
-        tokens = lax.all_gather(token, tuple(axes))
+    def best(logits: jax.Array) -> jax.Array:
+        size = logits.shape[-1]
+        first = lax.axis_index(tuple(axes)).astype(jnp.int32) * size
+        if vocab_size % size:  # The last pieces hold what fills the vocabulary up.
+            real = first + jnp.arange(size, dtype=jnp.int32) < vocab_size
+            logits = jnp.where(real[None], logits, -jnp.inf)
+        local = greedy(logits)
+        scores = lax.all_gather(jnp.max(logits, axis=-1), tuple(axes))
+        tokens = lax.all_gather(local + first, tuple(axes))
         winner = greedy(scores.T)
         return jnp.take_along_axis(tokens, winner[None], axis=0)[0]
 
-    specs = (PartitionSpec(tuple(rows), tuple(inner)),)
-    return _map(local, (*inner, *rows), specs, PartitionSpec(tuple(rows)))(logits)
+    def draw(logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
+        every = lax.all_gather(logits, tuple(axes), axis=1, tiled=True)
+        return pick(every[:, :vocab_size], sampling, seeds, positions)
+
+    row = PartitionSpec(tuple(rows))
+    scores = PartitionSpec(tuple(rows), tuple(inner))
+    if sampling.is_greedy:
+        return _map(best, (*inner, *rows), (scores,), row)(logits)
+    positions = jnp.broadcast_to(positions, seeds.shape)
+    return _map(draw, (*inner, *rows), (scores, row, row), row)(
+        logits, seeds, positions
+    )
 
 
 def _map(

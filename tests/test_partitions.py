@@ -1,12 +1,15 @@
 """Partitions change where the model runs, not what it computes."""
 
+import dataclasses
 import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS
+from jaxllm.decode import GREEDY, Sampling
 from jaxllm.model import Layers, init_params
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
@@ -16,13 +19,27 @@ from sharding.run import generate
 from sharding.target import parse_target
 
 BATCH, PROMPT, TOKENS = 16, 12, 9
+MODELS = {
+    **PRESETS,
+    # Neither the hidden width 112 nor the vocabulary divides by 3 or 6.
+    "tiny-odd": dataclasses.replace(
+        PRESETS["tiny"], num_heads=6, num_kv_heads=3, vocab_size=265
+    ),
+}
+DRAWN = Sampling(temperature=0.8, top_k=100, top_p=0.9)
 
 
 def run(
-    model: str, name: str, rules: str, layers: Layers, ragged: bool, batch: int
+    model: str,
+    name: str,
+    rules: str,
+    layers: Layers,
+    ragged: bool,
+    batch: int,
+    sampling: Sampling = GREEDY,
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
-    """Returns tokens [TOKENS, B] and logits [TOKENS, B, V] of greedy decoding."""
-    config, partition = PRESETS[model], Partition.parse(name, rules)
+    """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
+    config, partition = MODELS[model], Partition.parse(name, rules)
     target = parse_target(f"cpu:{partition.num_devices}")
     prefill, decode = (
         Program(
@@ -36,6 +53,7 @@ def run(
             layers=layers,
             ragged=ragged,
             with_logits=True,
+            sampling=sampling,
         )
         for phase in ("prefill", "decode")
     )
@@ -44,12 +62,16 @@ def run(
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (batch, PROMPT), np.int32)
     lengths = (rng.integers(3, PROMPT + 1, batch, np.int32),) if ragged else ()
+    state = layout.zeros(layout.named_state(), mesh)
+    if not sampling.is_greedy:
+        seeds = rng.integers(0, 2**32, batch, np.uint32)
+        state = state._replace(seeds=jax.device_put(seeds, state.seeds.sharding))
     steps = generate(
         prefill.compile(target),
         decode.compile(target),
         layout,
         layout.place_params(parameters(model), mesh),
-        layout.zeros(layout.named_state(), mesh),
+        state,
         prompts,
         *lengths,
     )
@@ -59,17 +81,17 @@ def run(
 
 @functools.cache
 def parameters(model: str):
-    return init_params(PRESETS[model], "float32")
+    return init_params(MODELS[model], "float32")
 
 
 @functools.cache
-def one_device(model: str, ragged: bool, batch: int):
-    return run(model, "tp1", "megatron", "unrolled", ragged, batch)
+def one_device(model: str, ragged: bool, batch: int, sampling: Sampling = GREEDY):
+    return run(model, "tp1", "megatron", "scanned", ragged, batch, sampling)
 
 
 CASES = [
-    # Scanned layers, one device.
-    ("tiny", "tp1", "megatron", "scanned", False, BATCH),
+    # Unrolled layers, one device.
+    ("tiny", "tp1", "megatron", "unrolled", False, BATCH),
     ("tiny", "tp2", "megatron", "unrolled", False, BATCH),
     # More tensor devices than the 4 key/value heads.
     ("tiny", "tp8", "megatron", "scanned", False, BATCH),
@@ -98,6 +120,9 @@ CASES = [
     ("tiny", "tp4", "kv_seq", "scanned", True, BATCH),
     ("tiny", "dp2_tp2_pp2", "megatron", "scanned", True, BATCH),
     ("tiny", "pp8", "megatron", "scanned", True, 2),
+    # Hidden width and vocabulary filled up with zeros; 6 copies of 3 heads.
+    ("tiny-odd", "tp6", "megatron", "scanned", False, BATCH),
+    ("tiny-odd", "tp3_pp2", "megatron", "unrolled", True, BATCH),
 ]
 
 
@@ -114,6 +139,24 @@ def test_equals_one_device(
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(tokens, expected_tokens)
     assert layout.groups in (1, layout.partition.stage)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "ragged", "batch"),
+    [
+        ("tiny", "tp8", True, BATCH),
+        ("tiny-odd", "tp3_pp2", False, BATCH),
+        ("tiny", "dp2_pp4", True, BATCH),
+        ("tiny", "pp8", True, 2),
+    ],
+)
+def test_draws_do_not_depend_on_the_partition(
+    model: str, name: str, ragged: bool, batch: int
+) -> None:
+    tokens, logits, _ = run(model, name, "megatron", "scanned", ragged, batch, DRAWN)
+    expected, *_ = one_device(model, ragged, batch, DRAWN)
+    np.testing.assert_array_equal(tokens, expected)
+    assert (tokens != logits.argmax(-1)).any()  # it was a draw
 
 
 @pytest.mark.parametrize(

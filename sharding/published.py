@@ -1,0 +1,218 @@
+"""The published model's parameters, one part at a time, against a layout's.
+
+A part is one decoder block, or the ends before and after them. Between files and
+devices parts are what moves: arrays of the published model, lying evenly over all
+devices of the mesh, so that every byte is read or written once. `assemble` brings
+them into a layout (heads repeated, widths filled up, layers dealt to stages);
+`disassemble` gets them back out of it, to the bit, whatever the layout.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.config import ModelConfig
+from jaxllm.model import Params, Part, Tree, init_params, param_axes
+from sharding.computed import narrow, widen
+from sharding.layout import Layout
+from sharding.rules import MESH_AXES
+
+
+def parts(config: ModelConfig) -> tuple[Part, ...]:
+    """Returns what a model consists of: its ends, then its layers in order."""
+    return ("ends", *range(config.num_layers))
+
+
+def shapes(layout: Layout, mesh: Mesh) -> dict[Part, Tree]:
+    """Returns shape, dtype and sharding of every array of every part.
+
+    A dimension keeps the mesh axes of the layout's rules where they cut it evenly and
+    into pieces that the layout wants too; every other mesh axis goes to another
+    dimension that it cuts evenly. So getting into the layout gathers or exchanges
+    along one axis at a time.
+    """
+    published, computed = (
+        jax.eval_shape(lambda config=config: init_params(config, layout.dtype))
+        for config in (layout.config, layout.model)
+    )
+    axes = param_axes(layout.config)
+    sizes = layout.partition.axes
+
+    def one(leaf: jax.ShapeDtypeStruct, other: Any, names: Any) -> jax.ShapeDtypeStruct:
+        kept = names if leaf.shape == other.shape else (None,) * leaf.ndim
+        rows = [layout.partition.rules.axes_of(name, "decode") for name in kept]
+        common = tuple(map(math.gcd, leaf.shape, other.shape))
+        spec = _even(common, rows, sizes)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    block = jax.tree.map(one, published.blocks[0], computed.blocks[0], axes.blocks)
+    ends = jax.tree.map(one, published.ends, computed.ends, axes.ends)
+    return {part: ends if part == "ends" else block for part in parts(layout.config)}
+
+
+def _even(
+    shape: tuple[int, ...], wanted: Sequence[Sequence[str]], sizes: dict[str, int]
+) -> PartitionSpec:
+    """Returns `wanted`, completed by every other mesh axis that cuts evenly."""
+    rows = [list(row) for row in wanted]
+    for axis in MESH_AXES:
+        if any(axis in row for row in rows):
+            continue
+        # The least cut dimension first: an axis of its own needs no exchange.
+        for i in sorted(range(len(shape)), key=lambda i: len(rows[i])):
+            if shape[i] % math.prod(sizes[a] for a in [*rows[i], axis]) == 0:
+                rows[i].append(axis)
+                break
+    return PartitionSpec(*(tuple(row) or None for row in rows))
+
+
+def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) -> Params:
+    """Returns parameters as `layout` wants them, from published ones.
+
+    Args:
+      layout: where they shall lie.
+      mesh: its devices.
+      arrays: every part in the order of `parts`, lying as `shapes` says. Each is let
+        go before the next is asked for, so one part at most stands beside the result.
+
+    Raises:
+      ValueError: parts are missing, or come in another order.
+    """
+    named = layout.named_params()
+    wanted = layout.shardings(named, mesh)
+    homes, stacked = _homes(layout), _stacked(layout)
+    block = wanted.blocks if layout.layers == "scanned" else wanted.blocks[0]
+
+    def change(tree: Tree) -> Tree:
+        return widen(tree, layout.config, layout.model)
+
+    def put(stacks: Tree, tree: Tree, stage: jax.Array, slot: jax.Array) -> Tree:
+        return jax.tree.map(
+            lambda stack, leaf: _put(layout, stack, leaf, stage, slot),
+            stacks,
+            change(tree),
+        )
+
+    to_ends = jax.jit(change, out_shardings=wanted.ends)
+    to_block = jax.jit(change, out_shardings=block)
+    to_stack = jax.jit(put, out_shardings=block, donate_argnums=0)
+    ends: Tree = None
+    blocks = (
+        list(layout.zeros((named.blocks,), mesh))
+        if layout.layers == "scanned"
+        else list(layout.zeros(named.blocks, mesh))
+        if stacked
+        else []
+    )
+    due = iter(parts(layout.config))
+    for part, tree in arrays:
+        if part != next(due, None):
+            raise ValueError(
+                f"part {part!r} of the model came out of turn. Parts are the ends, then"
+                f" the {layout.config.num_layers} layers in order. Give each once."
+            )
+        if part == "ends":
+            ends = to_ends(tree)
+        elif not stacked:
+            blocks.append(to_block(tree))
+        else:
+            stage, slot = homes[part]
+            at = 0 if layout.layers == "scanned" else slot
+            blocks[at] = to_stack(blocks[at], tree, jnp.int32(stage), jnp.int32(slot))
+        del tree
+    if (missing := next(due, None)) is not None:
+        raise ValueError(
+            f"part {missing!r} of the model is missing. Parts are the ends, then the"
+            f" {layout.config.num_layers} layers in order. Give each once."
+        )
+    one_tree = layout.layers == "scanned"
+    return Params(ends=ends, blocks=blocks[0] if one_tree else tuple(blocks))
+
+
+def disassemble(
+    layout: Layout, mesh: Mesh, params: Params
+) -> Iterator[tuple[Part, Tree]]:
+    """Yields every part of the published model out of a layout's parameters.
+
+    The inverse of `assemble`: each part lies as `shapes` says, and is made when it is
+    asked for.
+    """
+    homes, stacked, wanted = _homes(layout), _stacked(layout), shapes(layout, mesh)
+    ends, block = (
+        jax.tree.map(lambda x: x.sharding, wanted[part]) for part in ("ends", 0)
+    )
+
+    def change(tree: Tree) -> Tree:
+        # First to where the published arrays lie: narrowing is then local.
+        tree = lax.with_sharding_constraint(
+            tree, ends if "embedding" in tree else block
+        )
+        return narrow(tree, layout.config, layout.model)
+
+    def pick(stacks: Tree, stage: jax.Array, slot: jax.Array) -> Tree:
+        return change(jax.tree.map(lambda x: _pick(layout, x, stage, slot), stacks))
+
+    from_block = jax.jit(change, out_shardings=block)
+    from_stack = jax.jit(pick, out_shardings=block)
+    yield "ends", jax.jit(change, out_shardings=ends)(params.ends)
+    for part, (stage, slot) in homes.items():
+        tree = params.blocks if layout.layers == "scanned" else params.blocks[slot]
+        if stacked:
+            yield part, from_stack(tree, jnp.int32(stage), jnp.int32(slot))
+        else:
+            yield part, from_block(tree)
+
+
+def _stacked(layout: Layout) -> bool:
+    """Whether an array of the layout holds several layers."""
+    return layout.partition.stage > 1 or layout.layers == "scanned"
+
+
+def _homes(layout: Layout) -> dict[Part, tuple[int, int]]:
+    """Returns the stage of every layer, and its place among the stage's layers."""
+    counts = layout.partition.stage_layers(layout.config)
+    places = [(s, i) for s, count in enumerate(counts) for i in range(count)]
+    return dict(enumerate(places))
+
+
+def _put(
+    layout: Layout, stack: jax.Array, leaf: jax.Array, stage: jax.Array, slot: jax.Array
+) -> jax.Array:
+    """Returns `stack` with one layer's array in its place."""
+    if layout.partition.stage == 1:
+        return lax.dynamic_update_index_in_dim(stack, leaf, slot, 0)
+    scanned = layout.layers == "scanned"
+    old = lax.dynamic_index_in_dim(stack, slot, 1, keepdims=False) if scanned else stack
+    # A comparison, not an update at `stage`: every stage then looks at its own only.
+    new = jnp.where(_is_stage(layout, stage, old.ndim), leaf[None], old)
+    return lax.dynamic_update_index_in_dim(stack, new, slot, 1) if scanned else new
+
+
+def _pick(
+    layout: Layout, stack: jax.Array, stage: jax.Array, slot: jax.Array
+) -> jax.Array:
+    """Returns one layer's array out of `stack`, to the bit."""
+    if layout.layers == "scanned":
+        axis = 1 if layout.partition.stage > 1 else 0
+        stack = lax.dynamic_index_in_dim(stack, slot, axis, keepdims=False)
+    if layout.partition.stage == 1:
+        return stack
+    # A sum of bits, of which one stage's are not zero: adding floats would lose the
+    # sign of -0, and indexing a split dimension gathers it.
+    narrow_bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(stack, narrow_bits).astype(jnp.uint32)
+    bits = jnp.where(_is_stage(layout, stage, stack.ndim), bits, jnp.uint32(0))
+    found = jnp.sum(bits, axis=0, dtype=jnp.uint32).astype(narrow_bits)
+    return lax.bitcast_convert_type(found, stack.dtype)
+
+
+def _is_stage(layout: Layout, stage: jax.Array, ndim: int) -> jax.Array:
+    every = jnp.arange(layout.partition.stage, dtype=jnp.int32)
+    return (every == stage).reshape(-1, *(1,) * (ndim - 1))
