@@ -4,7 +4,8 @@
     module.entry.instructions[0].opcode
 
 Reads what `as_text()` and `--xla_dump_to` print, with or without `%` before
-names and with or without operand shapes. One pass over the lines; attributes
+names and with or without operand shapes; `%while.3#1` becomes the get-tuple-element
+that it stands for. One pass over the lines; attributes
 stay text until `Instruction.attr` is asked for one.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from sharding.hlo.shapes import Shape, parse_shape
 
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
-_NAMES = re.compile(r"%([\w.\-]+)")
+_NAMES = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _PARENS = re.compile(r'"(?:[^"\\]|\\.)*"|[()]')
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]|,')
 _FLAT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}|"(?:[^"\\]|\\.)*"')
@@ -262,6 +263,33 @@ def _closing(text: str, start: int, line: str) -> int:
     raise ValueError(f"unbalanced parentheses in instruction: {line.strip()}")
 
 
+def _with_elements(body: list[Instruction]) -> tuple[Instruction, ...]:
+    """Returns `body` with a get-tuple-element before the first use of each `%a#1`."""
+    if not any("#" in name for i in body for name in i.operands):
+        return tuple(body)
+    found: dict[str, Instruction] = {}
+    for instruction in body:
+        for name in instruction.operands:
+            parts = name.split("#")
+            for k in range(1, len(parts)):
+                whole, element = "#".join(parts[:k]), "#".join(parts[: k + 1])
+                index = int(parts[k])
+                if whole not in found or index >= len(found[whole].shape.elements):
+                    raise ValueError(f"no %{element} in instruction: {instruction}")
+                if element not in found:
+                    found[element] = Instruction(
+                        name=element,
+                        shape=found[whole].shape.elements[index],
+                        opcode="get-tuple-element",
+                        operands=(whole,),
+                        literal=f"%{whole}",
+                        rest=f", index={index}",
+                        is_root=False,
+                    )
+        found[instruction.name] = instruction
+    return tuple(found.values())
+
+
 def read_module(text: str) -> Module:
     """Returns the program that `text` spells.
 
@@ -282,7 +310,7 @@ def read_module(text: str) -> Module:
             if line.startswith("}"):
                 if not body:
                     raise ValueError(f"computation %{name} is empty.")
-                done = Computation(name=name, instructions=tuple(body))
+                done = Computation(name=name, instructions=_with_elements(body))
                 computations[name] = done
                 entry = done if is_entry else entry
                 name, body = None, []
