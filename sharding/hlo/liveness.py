@@ -14,10 +14,13 @@ shares a buffer are those of XLA's buffer assignment:
                                                  wants them
 
 A called computation is followed once; the most it holds is added where it is called,
-of a conditional's branches the largest. Buffers in other memory spaces count nothing.
+of a conditional's branches the largest. Temporaries that fit where an output of the
+program is yet to be written are put there. Buffers in other memory spaces count
+nothing.
 """
 
 import dataclasses
+import heapq
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -44,6 +47,7 @@ class Value:
         "born",
         "given",
         "instruction",
+        "is_lodged",
         "is_result",
         "last",
         "num_bytes",
@@ -65,12 +69,14 @@ class Value:
         self.last = born
         self.given = given  # leaf of the computation's parameters, or -1
         self.is_result = False  # lies where the caller wants it
+        self.is_lodged = False  # lies where an output will be
 
     @property
     def is_temporary(self) -> bool:
         """Whether the computation itself must find room for it."""
         is_constant = self.instruction.opcode == "constant"
-        return not (self.is_result or self.given >= 0 or is_constant)
+        is_placed = self.is_result or self.is_lodged or self.given >= 0
+        return not (is_placed or is_constant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,7 +144,7 @@ class _Follower:
         self._module = module
         self._is_counted = is_counted
         self._schedules: dict[str, Schedule] = {}
-        self._fusions: dict[str, tuple[int | None, frozenset[int]]] = {}
+        self._fusions: dict[str, tuple[dict[int, int], frozenset[int]]] = {}
 
     def schedule(self, computation: Computation) -> Schedule:
         if computation.name not in self._schedules:
@@ -186,12 +192,15 @@ class _Follower:
         for value in results:
             value.is_result = True
             value.last = len(computation.instructions) - 1
+        is_entry = computation is self._module.entry
         settled: set[int] = set()  # takers; what is taken ends a line earlier
         for line, old, new in shared:
-            free = old.last == line and old.is_temporary and not new.is_result
-            if free and id(new) not in settled:
+            free = old.last == line and old.is_temporary
+            if free and id(new) not in settled and (is_entry or not new.is_result):
                 old.last = line - 1
                 settled.add(id(new))
+        if is_entry and not self._module.is_tpu:
+            _lend_outputs(made, results)
         return Schedule(
             computation=computation,
             values=tuple(made),
@@ -249,9 +258,9 @@ class _Follower:
             found[: len(operands[0])] = operands[0]
         elif opcode == "fusion":
             called = self._module.computation(instruction.called("calls"), instruction)
-            updated, _ = self._fusion(called)
-            if updated is not None and len(found) == 1 and operands[updated]:
-                found[0] = operands[updated][0]
+            for leaf, number in self._fusion(called)[0].items():
+                if operands[number]:
+                    found[leaf] = operands[number][0]
         elif callee and opcode == "call":
             given = [value for values in operands for value in values]
             for k, result in enumerate(callee.results):
@@ -310,11 +319,11 @@ class _Follower:
                     if old.num_bytes == value.num_bytes:
                         yield line, old, value
 
-    def _fusion(self, called: Computation) -> tuple[int | None, frozenset[int]]:
-        """Returns the parameter updated in place, and those read where written."""
+    def _fusion(self, called: Computation) -> tuple[dict[int, int], frozenset[int]]:
+        """Returns result -> parameter it updates, and those read where written."""
         if called.name not in self._fusions:
             self._fusions[called.name] = (
-                _updated_parameter(called),
+                _updated_parameters(called),
                 _elementwise_parameters(called),
             )
         return self._fusions[called.name]
@@ -364,6 +373,26 @@ def _starts(shape: Shape) -> list[int]:
     return cached
 
 
+def _lend_outputs(made: list[Value], results: tuple[Value, ...]) -> None:
+    """Puts temporaries, the largest first, where outputs are yet to be written.
+
+    Outputs have their place from the start, and XLA:CPU and XLA:GPU use it.
+    """
+    outputs = {id(v): v for v in results if v.given < 0 and v.num_bytes}
+    places = [
+        (output, [(output.born, output.last)])
+        for output in heapq.nlargest(32, outputs.values(), key=lambda v: v.num_bytes)
+    ]
+    free = (v for v in made if v.is_temporary and v.num_bytes) if places else ()
+    for value in heapq.nlargest(4096, free, key=lambda v: v.num_bytes):
+        for output, taken in places:
+            fits = value.num_bytes <= output.num_bytes
+            if fits and all(value.last < a or b < value.born for a, b in taken):
+                taken.append((value.born, value.last))
+                value.is_lodged = True
+                break
+
+
 def _live_bytes(
     computation: Computation, made: list[Value], calls: dict[int, Schedule]
 ) -> tuple[int, ...]:
@@ -406,22 +435,19 @@ def parse_aliasing(text: str) -> list[tuple[tuple[int, ...], int, tuple[int, ...
     return [(ints(output), int(number), ints(index)) for output, number, index in found]
 
 
-def _updated_parameter(called: Computation) -> int | None:
-    """Returns the parameter that the root updates in place, or None."""
-    found = called.root
-    while found.opcode in _UPDATES or found.opcode == "bitcast":
-        found = called.operands(found)[0]
-    if found.opcode != "parameter" or called.root.opcode == "parameter":
-        return None
-    is_update = found.shape.dtype == called.root.shape.dtype
-    return int(found.literal) if is_update and _has_update(called) else None
-
-
-def _has_update(called: Computation) -> bool:
-    found = called.root
-    while found.opcode == "bitcast":
-        found = called.operands(found)[0]
-    return found.opcode in _UPDATES
+def _updated_parameters(called: Computation) -> dict[int, int]:
+    """Returns, for results of a fusion that update a parameter in place, which."""
+    root = called.root
+    results = called.operands(root) if root.opcode == "tuple" else (root,)
+    found: dict[int, int] = {}
+    for leaf, result in enumerate(results):
+        is_update = False
+        while result.opcode in _UPDATES or result.opcode == "bitcast":
+            is_update |= result.opcode in _UPDATES
+            result = called.operands(result)[0]
+        if is_update and result.opcode == "parameter":
+            found[leaf] = int(result.literal)
+    return found
 
 
 def _elementwise_parameters(called: Computation) -> frozenset[int]:
