@@ -6,7 +6,6 @@ known here stand in `_SPLITS`.
 """
 
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,20 +40,6 @@ def library() -> Any:
             " or pip install 'jaxllm[weights]'"
         ) from error
     return tokenizers
-
-
-def read_fields(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the fields of a GGUF file that tell of text."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    return {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
-        or name.endswith(".context_length")
-        or name == "general.architecture"
-    }
 
 
 def attributes(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,17 +8,20 @@ can be stored with a checkpoint of any kind.
 
 import dataclasses
 import functools
-import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm import chat, gguf_tokenizer
+from jaxllm import chat, files, gguf_file, gguf_tokenizer
 from jaxllm.gguf_tokenizer import library
 
 # How SentencePiece writes tokens that are bytes.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+# The tokenizer.json of Llama 3, 128,256 tokens, has 17 MB.
+_LIMIT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,60 +193,64 @@ def tokenizer_of(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     if path.is_dir():
         return _of_folder(path)
-    return Tokenizer(**gguf_tokenizer.attributes(gguf_tokenizer.read_fields(path)))
+    header = gguf_file.read_header(files.find(path), arrays=True)
+    return Tokenizer(**gguf_tokenizer.attributes(header.fields))
 
 
 def _of_folder(folder: pathlib.Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    rules = _read(folder, "tokenizer.json")
+    if rules is None:
         raise ValueError(
             f"{folder} has no tokenizer.json. A tokenizer.model alone is not read here:"
             " it does not say all. Write a tokenizer.json with save_pretrained of"
             " transformers.AutoTokenizer."
         )
-    try:
-        rules = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path}: {error}. Give a whole one.") from error
-    settings = _fields(folder / "tokenizer_config.json")
-    model = _fields(folder / "config.json")
+    settings = _fields(folder, "tokenizer_config.json")
+    model = _fields(folder, "config.json")
     names = {
         name: text
         for name, value in settings.items()
         if name.endswith("_token") and (text := _text(value)) is not None
     }
-    tokenizer = Tokenizer(rules=rules, eos=frozenset(), names=names)
-    # The most particular says it: what to stop at, what the model has, the tokenizer's.
-    ends = [
-        _fields(folder / "generation_config.json").get("eos_token_id"),
-        model.get("eos_token_id"),
-        tokenizer.find(names.get("eos_token", "")),
-    ]
-    said = next((end for end in ends if end is not None), ())
-    return dataclasses.replace(
-        tokenizer,
-        eos=frozenset(_ids(said, folder)),
-        chat_template=_template(folder, settings.get("chat_template")),
+    # The first that says it: what to stop at, what the model has, the tokenizer's own.
+    said = _fields(folder, "generation_config.json").get("eos_token_id")
+    said = model.get("eos_token_id") if said is None else said
+    tokenizer = Tokenizer(
+        rules=rules,
+        eos=frozenset(() if said is None else _ids(said, folder)),
+        names=names,
+        chat_template=_read(folder, "chat_template.jinja")
+        or _default(settings.get("chat_template")),
         context_len=_length(model.get("max_position_embeddings"), folder),
     )
+    if said is None and (end := tokenizer.find(names.get("eos_token", ""))) is not None:
+        return dataclasses.replace(tokenizer, eos=frozenset([end]))
+    return tokenizer
 
 
-def _fields(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the fields of a JSON file; none if it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+def _read(folder: pathlib.Path, name: str) -> str | None:
+    """Returns the text of a file of `folder`; None if it is not there."""
+    if not os.path.lexists(folder / name):
+        return None
+    file = files.member(folder, name)
+    if file.size_bytes > _LIMIT_BYTES:
         raise ValueError(
-            f"cannot read {path}: {error}. It is JSON. Give a whole one."
-        ) from error
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"cannot read {path}: it holds a {type(fields).__name__}, not an object of"
-            " fields. Give a whole one."
+            f"cannot read {file.path}: it has {file.size_bytes} bytes. What belongs to"
+            f" a tokenizer has at most {_LIMIT_BYTES}. Give the right file."
         )
-    return fields
+    try:
+        return file.read(0, file.size_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"cannot read {file.path}: {error}. It is text in UTF-8. Download it anew."
+        ) from error
+
+
+def _fields(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Returns the fields of a JSON file of `folder`; none if it is not there."""
+    if not os.path.lexists(folder / name):
+        return {}
+    return files.read_json(files.member(folder, name))
 
 
 def _text(value: Any) -> str | None:
@@ -272,16 +279,8 @@ def _length(value: Any, where: Any) -> int | None:
     return value
 
 
-def _template(folder: pathlib.Path, value: Any) -> str | None:
-    """Returns the chat template: the file of it, or else the default one of several."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"cannot read {path}: {error}. It is text in UTF-8. Correct the file."
-            ) from error
+def _default(value: Any) -> str | None:
+    """Returns the chat template, or the default one of several."""
     if isinstance(value, list):
         named = {t.get("name"): t for t in value if isinstance(t, Mapping)}
         value = named.get("default", {}).get("template")
