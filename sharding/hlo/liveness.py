@@ -8,8 +8,8 @@ shares a buffer are those of XLA's buffer assignment:
     while                                        carries in place, through its body
     dynamic-update-slice, scatter, fusions       write into their operand
       that end in one, output_to_operand_aliasing
-    elementwise operations, all-reduce, sort,    take over an operand of the same
-      fusions of the former                      size that nothing reads later
+    elementwise operations, all-reduce-start,    take over an operand of the same
+      sort, fusions of the first                 size that nothing reads later
     conditional, call, async-start               write their results where the caller
                                                  wants them
 
@@ -36,7 +36,7 @@ _SAME = frozenset([
 _NOT_A_USE = frozenset(["bitcast", "get-tuple-element", "tuple"])
 _UPDATES = frozenset(["dynamic-update-slice", "scatter"])
 _ELEMENTWISE = ELEMENTWISE | {"bitcast-convert", "convert", "copy"}
-_TAKES_OVER = _ELEMENTWISE | {"all-reduce", "all-reduce-start", "sort"}
+_TAKES_OVER = _ELEMENTWISE | {"all-reduce-start", "sort"}
 _ALIASING = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
 
 
