@@ -1,0 +1,350 @@
+"""What to inspect: a file of HLO, a dump folder, standard input, or our own program.
+
+`check` refuses a question before anything long is done; `read` answers it with a
+`Subject`: one optimised program, and what is known besides.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.evaluate import layers_of
+from experiments.report import units
+from jaxllm import config as config_lib
+from sharding.chips import Chip
+from sharding.partition import Partition, Workload
+from sharding.partition import check as check_partition
+from sharding.program import Memory, Phase, Program
+from sharding.target import Target, parse_target
+
+STDIN = "-"
+# Such as module_0001.jit_f.sm_9.0_gpu_after_optimizations.txt; TPU writes .cl_123.
+_OPTIMISED = re.compile(
+    r"(?P<name>.+?)(\.(sm|cl)_\d+)?\.([^.]*_)?after_optimizations(\.txt|\.hlo\.pb)"
+)
+_PROTO = ".pb"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileQuestion:
+    """A program that somebody compiled.
+
+    Attributes:
+      path: of a text, a .hlo.pb, or a folder of dumps; "-" is standard input.
+      module: which program of a folder; None is the largest.
+      mesh: sizes of the mesh axes by name; None names no axes.
+    """
+
+    path: str
+    module: str | None = None
+    mesh: Mapping[str, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramQuestion:
+    """A program of ours, to be compiled."""
+
+    model: str
+    partition: str
+    phase: Phase
+    target: str
+    rules: str
+    batch_size: int
+    input_len: int
+    output_len: int
+    dtype: str
+    layers: str
+
+    def changed(self, text: str) -> "ProgramQuestion":
+        """Returns this question with other answers, "partition=tp8,layers=scanned".
+
+        Raises:
+          ValueError: a name is no attribute, or its value of the wrong kind.
+        """
+        values: dict[str, str | int] = {}
+        known = [field.name for field in dataclasses.fields(self)]
+        for part in text.split(","):
+            name, equals, value = part.partition("=")
+            if not equals or name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(
+                    f"cannot read {part!r} in --diff={text}: {hint}There are"
+                    f" {', '.join(known)}. A difference is a file, or what changes in"
+                    " the program asked for. Write it like partition=tp8."
+                )
+            values[name] = value
+            if isinstance(getattr(self, name), int):
+                if not re.fullmatch(r"[1-9]\d*", value):
+                    raise ValueError(
+                        f"cannot read {part!r} in --diff={text}: {value!r} is no number"
+                        " of at least 1. A size is a whole number. Write it like"
+                        f" {name}={getattr(self, name)}."
+                    )
+                values[name] = int(value)
+        return dataclasses.replace(self, **values)  # pyright: ignore[reportArgumentType]
+
+
+Question = FileQuestion | ProgramQuestion
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One optimised program, and what is known besides.
+
+    Attributes:
+      title: a few words that tell it from others.
+      facts: where it is from, one sentence part each.
+      program: what `sharding.hlo.analyze` takes: compiled, its text, or a path.
+      axes: sizes of the mesh axes by name; None where nobody said.
+      chip: what it was compiled for; None where nobody said.
+      memory: by what it is for; None where only the program is known.
+    """
+
+    title: str
+    facts: tuple[str, ...]
+    program: Any = dataclasses.field(repr=False)
+    axes: Mapping[str, int] | None
+    chip: Chip | None = None
+    memory: Memory | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dump:
+    """One optimised program in a folder of `--xla_dump_to`."""
+
+    name: str
+    path: pathlib.Path
+    size_bytes: int
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the axes of `data=2,tensor=4`, in order.
+
+    Raises:
+      ValueError: it is not written like that.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9]\d*)\s*", part)
+        if not match or match[1] in axes:
+            raise ValueError(
+                f"cannot read {part!r} in mesh {text!r}; an axis is a name and the"
+                " number of devices along it, each name once, in the order of the mesh."
+                " Write it like data=2,tensor=4."
+            )
+        axes[match[1]] = int(match[2])
+    return axes
+
+
+def parse_numbers(flag: str, text: str) -> dict[str, int]:
+    """Returns the numbers of `while.5=80,while.7=3`, by name.
+
+    Raises:
+      ValueError: it is not written like that.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = part.rpartition("=")
+        if not equals or not name.strip() or not re.fullmatch(r"\d+", value.strip()):
+            raise ValueError(
+                f"cannot read {part!r} in --{flag}={text}; it is names and whole"
+                " numbers. Write it like NAME=NUMBER,NAME=NUMBER."
+            )
+        found[name.strip().lstrip("%")] = int(value)
+    return found
+
+
+def dumps(folder: pathlib.Path) -> list[Dump]:
+    """Returns the optimised programs of a dump folder, the largest first.
+
+    Text is taken before a proto of the same program.
+    """
+    found: dict[str, Dump] = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # .txt before .hlo.pb
+        match = _OPTIMISED.fullmatch(path.name)
+        if match and match["name"] not in found:
+            size = path.stat().st_size
+            found[match["name"]] = Dump(name=match["name"], path=path, size_bytes=size)
+    return sorted(found.values(), key=lambda dump: (-dump.size_bytes, dump.name))
+
+
+def choose(folder: pathlib.Path, module: str | None) -> Dump:
+    """Returns the dump called `module`, or the largest.
+
+    Args:
+      folder: of `--xla_dump_to`.
+      module: such as "jit_f" or, if several are called so, "module_0002.jit_f".
+
+    Raises:
+      ValueError: the folder holds no optimised program, or none or several of the name.
+    """
+    every = dumps(folder)
+    if not every:
+        count = sum(1 for _ in folder.iterdir())
+        raise ValueError(
+            f"no optimised program in folder {folder}; none of its {count} files ends"
+            " in after_optimizations.txt or after_optimizations.hlo.pb, as XLA names"
+            " them. Set XLA_FLAGS=--xla_dump_to=FOLDER before JAX starts."
+        )
+    if module is None:
+        return every[0]
+    named = [d for d in every if module in (d.name, d.name.partition(".")[2])]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        names = ", ".join(f"{d.name} ({units.bytes_(d.size_bytes)})" for d in named)
+        raise ValueError(
+            f"--module={module} names {len(named)} programs of {folder}: {names}. One"
+            " is inspected at a time. Give its whole name."
+        )
+    names = [d.name.partition(".")[2] or d.name for d in every]
+    near = difflib.get_close_matches(module, [*names, *(d.name for d in every)], 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"no program {module!r} in {folder}: {hint}There are"
+        f" {', '.join(d.name for d in every[:12])}{' ...' if len(every) > 12 else ''}."
+        " A program is named as in its file. Choose one."
+    )
+
+
+def check(question: Question) -> None:
+    """Refuses a question that cannot be answered, before anything long is done.
+
+    Raises:
+      ValueError: with what was asked, the facts, the rule and what to change.
+      ModuleNotFoundError: the compiler for a target is not installed.
+    """
+    if isinstance(question, ProgramQuestion):
+        _program(question)
+    else:
+        _find(question)
+
+
+def read(question: Question) -> Subject:
+    """Returns what `question` asks about, compiled or read.
+
+    Raises:
+      ValueError: as `check`, or the file is no program.
+      ModuleNotFoundError: the compiler for a target is not installed.
+    """
+    if isinstance(question, FileQuestion):
+        return _read_file(question)
+    q = question
+    program, target = _program(q)
+    compiled = program.compile(target)
+    facts = (
+        f"{q.batch_size} sequences, {q.input_len:,} tokens in, {q.output_len:,} out",
+        f"rules {q.rules}",
+        q.dtype,
+        f"layers {program.layers}",
+        f"compiled in {units.seconds(compiled.compile_s)}",
+    )
+    return Subject(
+        title=f"{q.phase} of {q.model}, {q.partition} on {q.target}",
+        facts=facts,
+        program=compiled.executable,
+        axes=program.partition.axes,
+        chip=target.chip,
+        memory=compiled.memory,
+    )
+
+
+def _program(question: ProgramQuestion) -> tuple[Program, Target]:
+    """Returns the program asked for, abstract, and what to compile it for."""
+    q = question
+    for name, value, known in (
+        ("phase", q.phase, ("prefill", "decode")),
+        ("layers", q.layers, ("auto", "unrolled", "scanned")),
+        ("dtype", q.dtype, ("bfloat16", "float16", "float32")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"no {name} {value!r}; it is one of {', '.join(known)}. Choose one."
+            )
+    config = config_lib.load(q.model)
+    partition = Partition.parse(q.partition, q.rules)
+    workload = Workload(
+        batch_size=q.batch_size, input_len=q.input_len, output_len=q.output_len
+    )
+    target = parse_target(q.target)
+    check_partition(
+        config,
+        partition,
+        workload,
+        num_devices=target.num_devices,
+        target=target.name,
+    )
+    program = Program(
+        phase=q.phase,
+        config=config,
+        partition=partition,
+        workload=workload,
+        dtype=q.dtype,
+    )
+    layers = layers_of(target.platform, program) if q.layers == "auto" else q.layers
+    return dataclasses.replace(program, layers=layers), target  # pyright: ignore[reportArgumentType]
+
+
+def _read_file(question: FileQuestion) -> Subject:
+    path, every = _find(question)
+    if path is None:
+        title, program = "standard input", sys.stdin.buffer.read()
+        with contextlib.suppress(UnicodeDecodeError):
+            program = program.decode()  # else it is a proto
+    elif path.suffix == _PROTO:
+        title, program = path.name, path
+    else:
+        title, program = path.name, path.read_text(encoding="utf-8", errors="replace")
+    facts: list[str] = []
+    if isinstance(program, str):
+        _refuse_other_text(program, title)
+        facts.append(f"{len(program.splitlines()):,} lines")
+    if len(every) > 1:
+        chosen = "the largest of" if question.module is None else "one of"
+        facts.append(f"{chosen} {len(every)} programs in {question.path}")
+    return Subject(title=title, facts=tuple(facts), program=program, axes=question.mesh)
+
+
+def _refuse_other_text(text: str, title: str) -> None:
+    """Refuses text that is something else than optimised HLO, where that is plain."""
+    start = text.lstrip()[:200]
+    if not start:
+        raise ValueError(
+            f"{title} is empty. A program is the text of compiled.as_text(). Was it"
+            " written?"
+        )
+    if start.startswith(("module @", "module {", "#loc", "#map")):
+        raise ValueError(
+            f"{title} is StableHLO, what a program is before XLA compiles it; it has"
+            " no layouts, fusions or collectives yet. Pass the text of"
+            " jitted.lower(...).compile().as_text()."
+        )
+
+
+def _find(question: FileQuestion) -> tuple[pathlib.Path | None, Sequence[Dump]]:
+    """Returns the file to read, and all there were to choose from; None is stdin."""
+    path = pathlib.Path(question.path)
+    if question.path != STDIN and path.is_dir():
+        return choose(path, question.module).path, dumps(path)
+    if question.path != STDIN and not path.is_file():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(path.name, [p.name for p in beside], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"no file {str(path)!r}: {hint}A program is a file of compiled.as_text(), a"
+            " .hlo.pb, a folder of --xla_dump_to, or - for standard input. Give one of"
+            " these."
+        )
+    if question.module is not None:
+        what = "standard input" if question.path == STDIN else f"the file {path}"
+        raise ValueError(
+            f"--module={question.module} with {what}, which holds one program. A module"
+            " is chosen from a folder of dumps. Leave --module out, or give the folder."
+        )
+    return (None if question.path == STDIN else path), ()

@@ -1,0 +1,62 @@
+"""An answer as JSON: the fields of one phase of a record, and everything behind them.
+
+`flops`, `hbm_bytes`, `collectives`, `memory` and `xla_flops` mean what they mean in
+`results.jsonl` (docs/records.md). Names end in their unit; unknown is null.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from experiments.inspection.answer import Answer
+from experiments.report.record import Provenance
+
+SCHEMA = 1
+
+
+def one(answer: Answer, provenance: Provenance) -> dict[str, Any]:
+    """Returns one program as plain values."""
+    a, roofline = answer.analysis, answer.analysis.roofline
+    held = dataclasses.asdict(a.memory)
+    for name in ("peak", "arguments", "timeline_bytes", "xla"):
+        del held[name]
+    held["peak_bytes"] = a.memory.peak_bytes
+    subject = answer.subject
+    memory = dataclasses.asdict(subject.memory) if subject.memory else held
+    return {
+        "schema": SCHEMA,
+        "origin": "compiled",
+        "title": subject.title,
+        "facts": list(subject.facts),
+        "name": a.name,
+        "num_devices": a.num_devices,
+        "axes": dict(a.axes),
+        "chip": answer.chip.name,
+        "chip_is_assumed": answer.is_assumed,
+        "flops": a.flops,
+        "matmul_flops": a.matmul_flops,
+        "hbm_bytes": a.hbm_bytes,
+        "xla_flops": a.xla_flops,
+        "time_s": dict(roofline.time_s) if roofline else None,
+        "collectives": [
+            {**dataclasses.asdict(row), "payload_bytes_each": row.payload_bytes_each}
+            for row in a.ledger.collectives
+        ],
+        "memory": memory,
+        "schedule": {
+            **held,
+            "peak": [dataclasses.asdict(buffer) for buffer in a.memory.peak],
+            "arguments": [dataclasses.asdict(each) for each in a.memory.arguments],
+        },
+        "xla_memory": dataclasses.asdict(a.memory.xla) if a.memory.xla else None,
+        "instructions": [dataclasses.asdict(row) for row in answer.bounds],
+        "loops": [dataclasses.asdict(loop) for loop in a.ledger.loops],
+        "advice": [dataclasses.asdict(each) for each in a.advice],
+        "warnings": list(a.warnings),
+        "provenance": dataclasses.asdict(provenance),
+    }
+
+
+def text(values: dict[str, Any]) -> str:
+    """Returns `values` as JSON that ends in a line feed."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1) + "\n"

@@ -1,0 +1,281 @@
+"""An answer as tables, the same for a terminal and for a page.
+
+A cell is finished text, with the value that sorts it and, where the text was made
+short, all of it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from experiments.inspection import names
+from experiments.inspection.answer import Answer
+from experiments.report import units
+from sharding.hlo.memory import Buffer
+from sharding.hlo.records import Collective
+from sharding.hlo.roofline import Bound
+
+# What the time of an instruction is spent on; the words a reader sees.
+LIMITS = {"compute": "compute", "hbm": "HBM", "links": "links", "latency": "latency"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Text to show; `order` sorts a figure, `whole` is what `text` was made from."""
+
+    text: str
+    order: float | None = None
+    whole: str = ""
+    mark: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells under names; `figures` are the columns to align right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    figures: frozenset[str] = frozenset()
+    left_out: int = 0
+
+
+_FIGURES = frozenset([
+    "count", "each", "total", "wire", "time", "share", "FLOPs", "HBM", "FLOPs/B",
+])  # fmt: skip
+
+
+def size(value: float) -> str:
+    """Returns bytes as people read them; below 1 kB exactly."""
+    return f"{value:,.0f} B" if abs(value) < 1000 else units.bytes_(value)
+
+
+def collectives(answer: Answer, limit: int | None = None) -> Table:
+    """Returns one row for each collective, those that send most first."""
+    rows = sorted(answer.collectives, key=lambda row: -row.wire_bytes)
+    columns = ("axis", "kind", "count", "each", "total", "wire", "time")
+    return Table(
+        columns=(*columns, "line", "loop", "operation"),
+        rows=tuple(_collective(answer, row) for row in rows[:limit]),
+        figures=_FIGURES,
+        left_out=len(rows[limit:]) if limit else 0,
+    )
+
+
+def _collective(answer: Answer, row: Collective) -> tuple[Cell, ...]:
+    time_s = answer.link_time_s(row)
+    return (
+        Cell(text=row.axis),
+        Cell(text=row.kind, mark=row.kind),
+        Cell(text=_count(row), order=row.count),
+        _bytes(row.payload_bytes_each),
+        _bytes(row.payload_bytes),
+        _bytes(row.wire_bytes),
+        Cell(text=units.seconds(time_s), order=time_s),
+        *_where(row),
+    )
+
+
+def instructions(answer: Answer, limit: int | None = None) -> Table:
+    """Returns one row for each instruction, by the least time it takes."""
+    rows = answer.bounds
+    columns = ("time", "share", "limit", "kind", "count", "FLOPs", "HBM", "FLOPs/B")
+    return Table(
+        columns=(*columns, "line", "loop", "operation", "instruction"),
+        rows=tuple(_bound(answer, row) for row in rows[:limit]),
+        figures=_FIGURES,
+        left_out=len(rows[limit:]) if limit else 0,
+    )
+
+
+def _bound(answer: Answer, row: Bound) -> tuple[Cell, ...]:
+    share = row.time_s / answer.time_s if answer.time_s else 0.0
+    return (
+        Cell(text=units.seconds(row.time_s), order=row.time_s),
+        Cell(text=units.percent(share), order=share),
+        Cell(text=LIMITS[row.limit], mark=row.limit),
+        Cell(text=names.printable(row.opcode)),
+        Cell(text=_count(row), order=row.count),
+        Cell(text=units.count(row.flops) if row.flops else "-", order=row.flops),
+        _bytes(row.hbm_bytes),
+        Cell(text=_each_byte(row.flops_per_byte), order=row.flops_per_byte),
+        *_where(row),
+        Cell(text=names.printable("" if row.axis else row.name)),
+    )
+
+
+def _each_byte(value: float) -> str:
+    if not value:
+        return "-"
+    return units.digits(value) if value >= 0.01 else "< 0.01"
+
+
+def buffers(answer: Answer, limit: int | None = None) -> Table:
+    """Returns the arrays alive when memory is fullest, equal ones as one row."""
+    every = names.groups(answer.analysis.memory.peak, _buffer_key)
+    every.sort(key=lambda rows: -sum(row.num_bytes for row in rows))
+    columns = ("total", "count", "each", "kind", "array", "line", "operation")
+    return Table(
+        columns=columns,
+        rows=tuple(_buffer(rows) for rows in every[:limit]),
+        figures=_FIGURES,
+        left_out=len(every[limit:]) if limit else 0,
+    )
+
+
+def _buffer_key(row: Buffer) -> tuple[object, ...]:
+    is_argument = row.kind == "argument"
+    name = names.pattern(row.name) if is_argument else names.pattern(row.op_name)
+    return (row.kind, row.shape, row.num_bytes, name, row.source)
+
+
+def _buffer(rows: Sequence[Buffer]) -> tuple[Cell, ...]:
+    first = rows[0]
+    name = names.alike([row.name for row in rows]) if _same(rows) else first.name
+    op_name = names.alike([row.op_name for row in rows]) if _ops(rows) else ""
+    if first.kind == "argument" or not op_name:
+        what = Cell(text=names.printable(name), whole=name)
+    else:
+        what = Cell(text=names.short(op_name), whole=op_name)
+    return (
+        _bytes(sum(row.num_bytes for row in rows)),
+        Cell(text=f"{len(rows):,}", order=len(rows)),
+        _bytes(first.num_bytes),
+        Cell(text=first.kind, mark=first.kind),
+        Cell(text=first.shape),
+        Cell(text=first.source),
+        what,
+    )
+
+
+def _same(rows: Sequence[Buffer]) -> bool:
+    return len({names.pattern(row.name) for row in rows}) == 1
+
+
+def _ops(rows: Sequence[Buffer]) -> bool:
+    return len({names.pattern(row.op_name) for row in rows}) == 1
+
+
+def loops(answer: Answer) -> Table:
+    """Returns one row for each loop, as it stands in the program."""
+    rows = []
+    for loop in answer.analysis.ledger.loops:
+        known = loop.trip_count is not None
+        trips = f"{loop.trip_count:g}" if known else "depends on data"
+        executions = f"{loop.executions:,}" if known else "1 iteration counted"
+        rows.append((
+            Cell(text=loop.name),
+            Cell(text=trips, order=loop.trip_count),
+            Cell(text=executions, order=loop.executions),
+            Cell(text=loop.source),
+            Cell(text=names.printable(loop.enclosing)),
+            Cell(text=names.short(loop.op_name), whole=loop.op_name),
+        ))  # fmt: skip
+    columns = ("loop", "iterations", "in one call", "line", "inside", "operation")
+    figures = frozenset(["iterations", "in one call"])
+    return Table(columns=columns, rows=tuple(rows), figures=figures)
+
+
+def totals(answer: Answer) -> list[tuple[str, str, str]]:
+    """Returns (name, figure, remark) of what one device does in one call."""
+    a, memory = answer.analysis, answer.analysis.memory
+    matrix = f"{units.count(a.matmul_flops)} in matrix products"
+    if a.xla_flops is not None:
+        matrix += f"; XLA says {units.count(a.xla_flops)}, loop bodies once"
+    rows = [
+        ("FLOPs", units.count(a.flops), matrix),
+        ("HBM traffic", size(a.hbm_bytes), _intensity(answer)),
+        ("Sent", size(sum(a.wire_bytes.values())), _sent(answer)),
+        ("Memory", size(memory.peak_bytes), "; ".join(_held(answer))),
+    ]
+    if a.roofline:
+        parts = [
+            f"{LIMITS[limit]} {units.seconds(s)}" for limit, s in by_limit(answer) if s
+        ]
+        rows.append(("Time, at least", units.seconds(answer.time_s), ", ".join(parts)))
+    return rows
+
+
+def assumed(answer: Answer) -> list[str]:
+    """Returns sentences about what the figures take for granted."""
+    found = list(answer.analysis.warnings)
+    if answer.is_assumed:
+        found.append(
+            f"times are for {answer.chip.title}: no chip was named; --chip names one"
+        )
+    return [names.printable(text) for text in found]
+
+
+def by_limit(answer: Answer) -> list[tuple[str, float]]:
+    """Returns (limit, seconds), in one order everywhere."""
+    roofline = answer.analysis.roofline
+    found = roofline.time_s if roofline else {}
+    return [(limit, found.get(limit, 0.0)) for limit in LIMITS]
+
+
+def memory(answer: Answer) -> list[tuple[str, int]]:
+    """Returns (category, bytes) of what is held at the peak; the sum is the peak."""
+    m = answer.analysis.memory
+    return [
+        ("arguments", m.argument_bytes),
+        ("outputs", m.output_bytes - m.alias_bytes),
+        ("temporaries", m.temporary_bytes),
+        ("constants", m.constant_bytes),
+    ]
+
+
+def _held(answer: Answer) -> list[str]:
+    parts = [f"{name} {size(held)}" for name, held in memory(answer) if held]
+    alias = answer.analysis.memory.alias_bytes
+    donated = [f"outputs in donated arguments {size(alias)}"] if alias else []
+    if (xla := xla_peak_bytes(answer)) is not None:
+        donated.append(f"XLA says {size(xla)}")
+    return [", ".join(parts), *donated]
+
+
+def xla_peak_bytes(answer: Answer) -> int | None:
+    """Returns what XLA itself says is held; None where it was not asked."""
+    xla = answer.analysis.memory.xla
+    if xla is None:
+        return None
+    live = xla.argument_bytes + xla.output_bytes - xla.alias_bytes
+    return xla.peak_bytes or live + xla.temporary_bytes
+
+
+def _intensity(answer: Answer) -> str:
+    a = answer.analysis
+    if not a.hbm_bytes:
+        return ""
+    each = f"{units.digits(a.flops / a.hbm_bytes)} FLOPs a byte"
+    ridge = ridge_flops_per_byte(answer)
+    return f"{each}; {answer.chip.name} needs {units.digits(ridge)}" if ridge else each
+
+
+def ridge_flops_per_byte(answer: Answer) -> float | None:
+    """Returns the intensity from which the matrix units of the chip are the limit."""
+    roofline = answer.analysis.roofline
+    if not roofline or not roofline.flops_per_s:
+        return None
+    return max(roofline.flops_per_s.values()) / roofline.hbm_bytes_per_s
+
+
+def _sent(answer: Answer) -> str:
+    if not answer.collectives:
+        return "no collective"
+    return ", ".join(
+        f"{axis} {size(sent)}" for axis, sent in answer.analysis.wire_bytes.items()
+    )
+
+
+def _count(row: Collective | Bound) -> str:
+    return f"{row.count:,}" + (" an iteration" if row.per_iteration else "")
+
+
+def _bytes(value: int) -> Cell:
+    return Cell(text=size(value) if value else "-", order=value)
+
+
+def _where(row: Collective | Bound) -> tuple[Cell, ...]:
+    return (
+        Cell(text=names.printable(row.source)),
+        Cell(text=names.trips(row.loop), whole=row.loop),
+        Cell(text=names.short(row.op_name), whole=row.op_name),
+    )

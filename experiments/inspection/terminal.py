@@ -1,0 +1,181 @@
+"""An answer on a terminal: totals, collectives, memory, instructions, advice.
+
+The only module here that prints, and only to the `rich.Console` it is given.
+"""
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from experiments.inspection import names, tables
+from experiments.inspection.answer import Answer
+from experiments.inspection.tables import Table
+from experiments.report import units
+
+_COLOURS = {
+    "compute": "blue", "hbm": "cyan", "links": "magenta", "latency": "yellow",
+    "added": "red", "removed": "green",
+}  # fmt: skip
+# Columns whose text is cut from the left, and those to go without, first ones first.
+_PATHS = ("operation", "array", "inside", "instruction")
+_DISPENSABLE = ("instruction", "FLOPs/B", "total")
+_LEAST = 24  # characters of a path, if it has as many
+_GAP = 2
+_MOST_ADVICE = 8
+
+
+def show(console: Console, answer: Answer, top: int) -> None:
+    """Prints everything about one program, at most `top` rows of a table."""
+    heading(console, answer)
+    _totals(console, answer)
+    advice(console, answer)
+    rows = tables.collectives(answer, top)
+    section(console, "Collectives", "by axis; wire is what one device sends")
+    if rows.rows:
+        table(console, rows)
+    else:
+        console.print("  none: no device hears of another", style="dim")
+    memory = answer.analysis.memory
+    if memory.peak:
+        at = f", at {names.tail(memory.peak_at, 60)}" if memory.peak_at else ""
+        section(console, "Memory", f"{tables.size(memory.peak_bytes)} at its peak{at}")
+        table(console, tables.buffers(answer, top))
+    if answer.analysis.roofline:
+        section(console, "Instructions", f"by least time on {_chip(answer)}")
+        table(console, tables.instructions(answer, top))
+    loops = tables.loops(answer)
+    if loops.rows:
+        section(console, "Loops", "")
+        table(console, loops)
+    warnings(console, answer)
+
+
+def heading(console: Console, answer: Answer) -> None:
+    """Prints what the program is and where it is from."""
+    a = answer.analysis
+    console.print()
+    console.rule(Text(names.printable(answer.subject.title), style="bold"))
+    mesh = " ".join(f"{name}={size}" for name, size in a.axes.items())
+    facts = [
+        names.printable(a.name),
+        f"{a.num_devices} devices" if a.num_devices > 1 else "1 device",
+        f"mesh {mesh}" if mesh else "",
+        *map(names.printable, answer.subject.facts),
+    ]
+    line = " · ".join(fact for fact in facts if fact)
+    console.print(Text(f"{line}. One device, one call.", style="dim"))
+
+
+def _totals(console: Console, answer: Answer) -> None:
+    console.print()
+    gap = (0, _GAP, 0, 0)
+    out = RichTable(box=None, show_header=False, pad_edge=False, padding=gap)
+    out.add_column(no_wrap=True)
+    out.add_column(justify="right", no_wrap=True)
+    out.add_column(overflow="fold")
+    for name, figure, remark in tables.totals(answer):
+        out.add_row(name, Text(figure, style="bold"), Text(remark, style="dim"))
+    console.print(out)
+    if answer.analysis.roofline and answer.time_s:
+        console.print(_bar(answer, min(console.width, 100)))
+
+
+def _bar(answer: Answer, width: int) -> Text:
+    """Returns the time bound as one bar, a colour for each limit."""
+    bar, legend = Text(), Text()
+    for limit, time_s in tables.by_limit(answer):
+        if time_s:
+            share = time_s / answer.time_s
+            bar.append("█" * max(round(share * width), 1), _COLOURS[limit])
+            legend.append("■ ", _COLOURS[limit])
+            legend.append(f"{tables.LIMITS[limit]} {units.percent(share)}   ", "dim")
+    return Text.assemble(bar, "\n", legend)
+
+
+def section(console: Console, name: str, remark: str) -> None:
+    """Prints the heading of a part."""
+    console.print()
+    console.print(Text.assemble((name, "bold"), (f"  {remark}" * bool(remark), "dim")))
+
+
+def advice(console: Console, answer: Answer) -> None:
+    """Prints what a person should look at, the largest first."""
+    found = answer.analysis.advice
+    if not found:
+        return
+    section(console, "Look at", "most bytes first")
+    for number, each in enumerate(found[:_MOST_ADVICE], start=1):
+        place = f" ({names.printable(each.source)})" if each.source else ""
+        line = Text.assemble((f"{names.printable(each.what)}{place}", "yellow"))
+        console.print(Padding(_numbered(number, line), (0, 0, 0, 1)))
+        for text, style in ((each.evidence, "dim"), (each.change, "")):
+            if text:
+                console.print(Padding(Text(names.printable(text), style), (0, 0, 0, 4)))
+    if len(found) > _MOST_ADVICE:
+        console.print(f"  and {len(found) - _MOST_ADVICE} smaller", style="dim")
+
+
+def _numbered(number: int, text: Text) -> RichTable:
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
+    grid.add_row(Text(f"{number}."), text)
+    return grid
+
+
+def warnings(console: Console, answer: Answer) -> None:
+    """Prints what the figures assume."""
+    found = tables.assumed(answer)
+    if found:
+        section(console, "Assumed", "")
+        for text in found:
+            console.print(Padding(Text(text, "dim"), (0, 0, 0, 2)))
+
+
+def table(console: Console, content: Table) -> None:
+    """Prints a table in the width there is, the ends of long names kept."""
+    shown = _columns(content, console.width)
+    out = RichTable(
+        box=None, header_style="dim", pad_edge=False, padding=(0, _GAP, 0, 0)
+    )
+    for i, width in shown.items():
+        name = content.columns[i]
+        right = "right" if name in content.figures else "left"
+        out.add_column(Text(name), justify=right, no_wrap=True, width=width)
+    for row in content.rows:
+        cells = ((row[i], width) for i, width in shown.items())
+        out.add_row(*(
+            Text(names.tail(cell.text, width), _COLOURS.get(cell.mark, ""))
+            for cell, width in cells
+        ))  # fmt: skip
+    console.print(out)
+    if content.left_out:
+        more = f"  and {content.left_out:,} more; --top shows more"
+        console.print(more, style="dim")
+
+
+def _columns(content: Table, width: int) -> dict[int, int]:
+    """Returns the columns that have something to say, and how wide each may be."""
+    wanted = {
+        i: max(len(name), *(len(row[i].text) for row in content.rows))
+        for i, name in enumerate(content.columns)
+        if any(row[i].text.strip("-") for row in content.rows)
+    }
+    dispensable = list(_DISPENSABLE)
+    while True:
+        paths = [i for i in wanted if content.columns[i] in _PATHS]
+        rest = sum(wanted[i] for i in wanted if i not in paths)
+        room = width - rest - _GAP * len(wanted)
+        needed = sum(min(wanted[i], _LEAST) for i in paths)
+        if room >= needed or not dispensable:
+            break
+        name = dispensable.pop(0)
+        wanted = {i: w for i, w in wanted.items() if content.columns[i] != name}
+    # Short ones get what they want, the others share what is left.
+    for done, i in enumerate(sorted(paths, key=lambda i: wanted[i])):
+        wanted[i] = max(min(wanted[i], room // (len(paths) - done)), 8)
+        room -= wanted[i]
+    return wanted
+
+
+def _chip(answer: Answer) -> str:
+    return answer.chip.title + (" (assumed)" if answer.is_assumed else "")
