@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sharding.hlo import tables
 from sharding.hlo.advice import Advice, find_advice
 from sharding.hlo.ledger import read_ledger
 from sharding.hlo.memory import Memory, find_memory
@@ -91,7 +92,15 @@ class Analysis(Rendered):
         return tuple(f"Note: {warning}" for warning in self.warnings)
 
     def _tables(self) -> tuple[Table, ...]:
-        return ()
+        bounds = () if self.roofline is None else (tables.bounds(self.roofline),)
+        return (
+            tables.totals(self.ledger, self.xla_flops),
+            tables.collectives(self.ledger.collectives),
+            tables.memory(self.memory),
+            tables.peak(self.memory),
+            *bounds,
+            tables.advice(self.advice),
+        )
 
 
 def analyze(
