@@ -50,7 +50,10 @@ _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a sweep is asked, as on the command line; every list is multiplied out."""
+    """What a sweep is asked, as on the command line; every list is multiplied out.
+
+    With `fewer`, a partition may use the first devices of its target alone.
+    """
 
     models: tuple[str, ...]
     targets: tuple[str, ...]
@@ -62,6 +65,7 @@ class Ask:
     output_len: int
     dtype: str = "bfloat16"
     layers: str = "auto"
+    fewer: bool = False
 
 
 def plan(ask: Ask) -> tuple[list[Point], list[str]]:
@@ -94,8 +98,8 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
             model=model,
             target=target.name,
             chip=target.chip.name,
-            num_chips=target.num_chips,
-            num_devices=target.num_devices,
+            num_chips=used.num_chips,
+            num_devices=used.num_devices,
             partition=partition.name,
             rules=rules,
             dtype=ask.dtype,
@@ -109,8 +113,9 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
             ask.models, known, ask.batch_sizes, ask.rules
         )
         for partition in parse_partitions(ask.partitions, target.num_devices, rules)
+        for used in [target.first(partition.num_devices) if ask.fewer else target]
     ]
-    sizes = {target.num_devices for target in known}
+    sizes = {point.num_devices for point in points}
     for name in dict.fromkeys(point.partition for point in points):
         if (needed := Partition.parse(name).num_devices) not in sizes:
             have = ", ".join(f"{t.name} has {t.num_devices}" for t in known)

@@ -100,6 +100,10 @@ class Target:
         """Chips that `devices` are on, counted as `chip` does."""
         return math.ceil(self.num_devices / self.chip.devices_per_chip)
 
+    def first(self, num_devices: int) -> "Target":
+        """Returns the first `num_devices` of this target, under its name."""
+        return dataclasses.replace(self, devices=self.devices[:num_devices])
+
     @property
     def compiler_options(self) -> dict[str, Any]:
         """What `jax.stages.Lowered.compile` must be told for this target."""

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from experiments.report.measurement import Measurement
 from experiments.report.record import PhaseRecord, Record
 from jaxllm.config import PRESETS
 from sharding.chips import CHIPS
@@ -80,7 +81,7 @@ def test_experiment_is_documented(name: str) -> None:
     assert f"experiments/{name}.py" in _page("README.md")
 
 
-@pytest.mark.parametrize("record", [Record, PhaseRecord])
+@pytest.mark.parametrize("record", [Record, PhaseRecord, Measurement])
 def test_record_field_is_documented(record: type) -> None:
     page = _page("docs/records.md")
     names = [field.name for field in dataclasses.fields(record)]

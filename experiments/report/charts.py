@@ -33,6 +33,7 @@ MEMORY_COLOURS = {
 Entry = tuple[str, str]
 _INK, _FAINT, _GRID = "#222222", "#6b6b6b", "#e8e8e8"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+_MEASURED = "#b3333b"
 _ROW_PX, _FRAME_PX = 26, 52
 
 
@@ -150,15 +151,24 @@ def against_batch(
 
 def time_parts(
     question: Question, batch_size: int, name: str, colour: Mapping[str, str]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Returns stacked bars of `ttft_parts_s` or `tpot_parts_s` at one batch size.
 
-    A dark tick on each bar is its limit.
+    A dark tick on each bar is its limit; a red dot is what was measured, for the parts
+    are then those of the prediction. None if no point has parts.
     """
-    records = [r for r in question.ok if r.batch_size == batch_size][::-1]
+    records = [
+        r
+        for r in question.ok
+        if r.batch_size == batch_size and getattr(r, name) is not None
+    ][::-1]
+    if not records:
+        return None
     parts = [dict(getattr(r, name).items()) for r in records]
     totals = [getattr(r, name).total_s for r in records]
-    size, unit = _time_unit(max(totals))
+    times = [r.require(name.replace("_parts", "")) for r in records]
+    ends = list(map(max, totals, times))
+    size, unit = _time_unit(max(ends))
     labels = _labels(question, records)
     figure = go.Figure()
     for part, shade in colour.items():
@@ -190,8 +200,17 @@ def time_parts(
         ],
         hovertemplate="%{y}: %{customdata}<extra></extra>",
     )
-    _totals(figure, labels, [t / size for t in totals], map(units.seconds, totals))
-    return _bars(figure, len(records), f"{unit}", 1.22 * max(totals) / size)
+    if question.measured:
+        figure.add_scatter(
+            y=labels,
+            x=[time / size for time in times],
+            mode="markers",
+            marker=dict(symbol="circle", size=9, color=_MEASURED),
+            customdata=[f"measured {units.seconds(time)}" for time in times],
+            hovertemplate="%{y}: %{customdata}<extra></extra>",
+        )
+    _totals(figure, labels, [end / size for end in ends], map(units.seconds, times))
+    return _bars(figure, len(records), f"{unit}", 1.22 * max(ends) / size)
 
 
 def memory(question: Question, batch_size: int) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report import html, store, tables
+from experiments.report import store, tables
 from experiments.report.frontier import Objective, Question, questions
 from experiments.report.record import Record
 
@@ -41,17 +41,33 @@ def read(folder: Path) -> tuple[list[Record], list[str]]:
 def write(folder: Path, objective: Objective) -> list[Question]:
     """Makes every report of `folder` from its records; returns what they answer.
 
-    A report is replaced in one step, so a reader never sees half of one.
+    A report is replaced in one step, so a reader never sees half of one. The page is
+    left out where the packages that draw it are not installed, as on a machine that
+    only measures.
     """
     records, notes = read(folder)
     asked = questions(records)
-    texts: Sequence[str] = (
-        html.page(asked, objective, notes),
-        tables.markdown_report(asked, objective, notes),
-        tables.csv_text(asked, objective),
-    )
-    for name, text in zip(REPORTS, texts, strict=True):
+    texts = {
+        "report.html": _page(asked, objective, notes),
+        "report.md": tables.markdown_report(asked, objective, notes),
+        "pareto.csv": tables.csv_text(asked, objective),
+    }
+    for name, text in texts.items():
+        if text is None:
+            continue
         part = folder / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, folder / name)
     return asked
+
+
+def _page(
+    asked: Sequence[Question], objective: Objective, notes: Sequence[str]
+) -> str | None:
+    try:
+        from experiments.report import html
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "plotly"):
+            raise
+        return None
+    return html.page(asked, objective, notes)

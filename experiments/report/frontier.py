@@ -58,13 +58,25 @@ class Question:
     model: str
     target: str
     chip: str
-    num_chips: int
-    num_devices: int
     dtype: str
     input_len: int
     output_len: int
     layers: str
     records: tuple[Record, ...]
+
+    @property
+    def num_chips(self) -> int:
+        """Of the target; measured partitions may each use fewer of them."""
+        return max(r.num_chips for r in self.records)
+
+    @property
+    def num_devices(self) -> int:
+        return max(r.num_devices for r in self.records)
+
+    @property
+    def measured(self) -> bool:
+        """Whether times are measured, and predictions stand beside them."""
+        return any(r.measurement is not None for r in self.records)
 
     @property
     def ok(self) -> list[Record]:

@@ -27,6 +27,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["is_figure"] = tables.is_figure
     return environment.get_template("template.html.j2").render(
         title=_title(questions),
         notes=notes,
@@ -83,17 +84,19 @@ def _section(
         legend=charts.series_legend(q, colour),
         objective=objective.given,
         overview=dict(overview) if q.ok else None,
-        ttft_parts=[
-            (b, charts.time_parts(q, b, "ttft_parts_s", time_colour))
-            for b in with_figures
-        ],
-        tpot_parts=[
-            (b, charts.time_parts(q, b, "tpot_parts_s", time_colour))
-            for b in with_figures
-        ],
+        measured=q.measured,
+        **{
+            name: [
+                (b, figure)
+                for b in with_figures
+                if (figure := charts.time_parts(q, b, f"{name}_s", time_colour))
+            ]
+            for name in ("ttft_parts", "tpot_parts")
+        },
         memory=[(b, figure) for b, figure in memory if figure is not None],
         capacity=units.bytes_(capacity) if capacity else "",
-        points=tables.points(q, objective) if q.ok else None,
+        points=tables.figures(q, objective) if q.ok else [],
+        warnings=tables.warnings(q),
         turned_down=tables.turned_down(q) if q.not_ok else None,
         flops=tables.flops(q),
         collectives=[

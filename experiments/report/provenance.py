@@ -82,12 +82,18 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 @functools.cache
 def _commit() -> tuple[str, bool]:
-    """Returns the commit and whether files differ from it; the version if no git."""
+    """Returns the commit and whether files differ from it.
+
+    Without git, as in a copy of the files, the commit that GIT_COMMIT names, or the
+    version installed, or "unknown"; the digest of the code in a record's context tells.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return f"jaxllm {importlib.metadata.version('jaxllm')}", False
+        version = _versions(["jaxllm"]).get("jaxllm")
+        unknown = f"jaxllm {version}" if version else "unknown"
+        return os.environ.get("GIT_COMMIT") or unknown, False
 
 
 def _git(*arguments: str) -> str:

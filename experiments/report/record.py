@@ -24,9 +24,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
+from experiments.report.measurement import Measurement
+
 SCHEMA = 1
 STATUSES = ("ok", "does not fit", "refused", "failed")
 ORIGINS = ("measured", "compiled", "modelled")
+_ADDED = {"added": True}  # marks fields that older records lack; they are null then
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,8 @@ class PhaseRecord:
       closed_form_flops: what the formula says, for comparison.
       xla_flops: what XLA itself reports; null where it reports nothing.
       ticks: equal steps of the pipeline; each stage is busy in `busy_ticks`.
-      bottleneck: largest part of the phase's time; null without a time.
-      pct_of_limit: 100 * least possible time / estimated time.
+      bottleneck: largest part of the phase's estimated time; null without one.
+      pct_of_limit: 100 * least possible time / time, as measured or else estimated.
       mfu: FLOPs the model needs / (time * peak), as a fraction.
       mbu: bytes the model must move / (time * bandwidth), as a fraction.
     """
@@ -206,6 +209,9 @@ class Provenance:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """A point and its answer; the fields are explained in the module and in `METRICS`.
+
+    Times and rates of a measured record are measured; its parts add up to the
+    predicted times beside them, and are null where there is no prediction.
 
     Raises:
       ValueError: a figure is missing or present against `status`, is negative or
@@ -248,6 +254,9 @@ class Record:
     prefill: PhaseRecord | None
     decode: PhaseRecord | None
     provenance: Provenance
+    predicted_ttft_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
+    predicted_tpot_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
+    measurement: Measurement | None = dataclasses.field(default=None, metadata=_ADDED)
 
     def __post_init__(self) -> None:
         where = f"record of {self.partition} at batch {self.batch_size}"
@@ -268,21 +277,33 @@ class Record:
                 f" that status goes with fits={fits}."
             )
         figures = {name: getattr(self, name) for name in _FIGURES}
+        measured = self.origin == "measured"
+        if (self.measurement is not None) != (measured and self.status == "ok"):
+            raise ValueError(
+                f"{where} is {self.origin} and {self.status!r}, but its measurement is"
+                f" {self.measurement}; exactly what was measured has one."
+            )
         if self.status == "ok":
-            missing = [name for name, value in figures.items() if value is None]
+            optional = _OF_PREDICTION if measured else ()
+            missing = [
+                name
+                for name, value in figures.items()
+                if value is None and name not in optional
+            ]
             if missing or self.reason is not None:
                 raise ValueError(
                     f"{where} is ok but lacks {missing}, reason={self.reason!r}."
                 )
             for total, parts in (
-                (self.ttft_s, self.ttft_parts_s),
-                (self.tpot_s, self.tpot_parts_s),
+                (self.predicted_ttft_s if measured else self.ttft_s, self.ttft_parts_s),
+                (self.predicted_tpot_s if measured else self.tpot_s, self.tpot_parts_s),
             ):
-                assert total is not None
-                assert parts is not None
-                if not math.isclose(total, parts.total_s, rel_tol=1e-6):
+                stated = None if parts is None else parts.total_s
+                if stated is None and total is None:
+                    continue
+                if not math.isclose(total or 0.0, stated or 0.0, rel_tol=1e-6):
                     raise ValueError(
-                        f"{where}: parts add up to {parts.total_s} s, not {total} s."
+                        f"{where}: parts add up to {stated} s, not {total} s."
                     )
         else:
             found = [n for n in _METRICS if figures[n] is not None]
@@ -367,6 +388,8 @@ _FIGURES = (
     *_METRICS, "micro_batches", "needed_bytes", "available_bytes", "ttft_limit_s",
     "tpot_limit_s", "prefill", "decode",
 )  # fmt: skip
+# Figures that a measured record does without, if what was run cannot be priced.
+_OF_PREDICTION = ("bottleneck", "ttft_parts_s", "tpot_parts_s", "prefill", "decode")
 
 
 def metrics(
@@ -377,7 +400,7 @@ def metrics(
     output_len: int,
     num_chips: int,
 ) -> dict[str, Any]:
-    """Returns the fields of a record that follow from the two phases' times.
+    """Returns the fields of a record that follow from the two phases' parts.
 
     The definitions are those of `METRICS`. `bottleneck` is the largest part of
     E2E; each phase names its own.
@@ -389,7 +412,25 @@ def metrics(
       >>> found["e2e_s"], found["output_tokens_per_s"], found["bottleneck"]
       (2.0, 16.0, 'hbm')
     """
-    ttft_s, tpot_s = ttft_parts_s.total_s, tpot_parts_s.total_s
+    found = rates(
+        ttft_s=ttft_parts_s.total_s,
+        tpot_s=tpot_parts_s.total_s,
+        batch_size=batch_size,
+        output_len=output_len,
+        num_chips=num_chips,
+    )
+    return dict(
+        **found,
+        bottleneck=ttft_parts_s.plus(tpot_parts_s, output_len - 1).bottleneck,
+        ttft_parts_s=ttft_parts_s,
+        tpot_parts_s=tpot_parts_s,
+    )
+
+
+def rates(
+    *, ttft_s: float, tpot_s: float, batch_size: int, output_len: int, num_chips: int
+) -> dict[str, float]:
+    """Returns the fields of a record that follow from two times; see `METRICS`."""
     e2e_s = ttft_s + tpot_s * (output_len - 1)
     output_tokens_per_s = batch_size * output_len / e2e_s
     return dict(
@@ -399,9 +440,6 @@ def metrics(
         output_tokens_per_s=output_tokens_per_s,
         tokens_per_s_per_user=1 / tpot_s,
         tokens_per_s_per_chip=output_tokens_per_s / num_chips,
-        bottleneck=ttft_parts_s.plus(tpot_parts_s, output_len - 1).bottleneck,
-        ttft_parts_s=ttft_parts_s,
-        tpot_parts_s=tpot_parts_s,
     )
 
 
@@ -429,10 +467,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        if hints.keys() != value.keys():
+        added = {f.name for f in dataclasses.fields(kind) if f.metadata.get("added")}
+        if wrong := (hints.keys() ^ value.keys()) - (added - value.keys()):
             raise ValueError(
                 f"{where} must have each of its fields once; missing or"
-                f" unknown: {', '.join(sorted(hints.keys() ^ value.keys()))}."
+                f" unknown: {', '.join(sorted(wrong))}."
             )
         fields = {n: _decode(hints[n], v, f"{where}.{n}") for n, v in value.items()}
         return kind(**fields)  # pyright: ignore[reportCallIssue]

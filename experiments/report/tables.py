@@ -19,7 +19,8 @@ _CSV_FIELDS = (
     "batch_size", "input_len", "output_len", "micro_batches", "status", "ttft_s",
     "tpot_s", "e2e_s", "output_tokens_per_s", "tokens_per_s_per_user",
     "tokens_per_s_per_chip", "ttft_limit_s", "tpot_limit_s", "bottleneck",
-    "needed_bytes", "available_bytes", "reason",
+    "needed_bytes", "available_bytes", "reason", "origin", "predicted_ttft_s",
+    "predicted_tpot_s",
 )  # fmt: skip
 
 
@@ -27,6 +28,60 @@ def phases(record: Record) -> list[tuple[str, PhaseRecord]]:
     """Returns the (name, phase) pairs that `record` has."""
     both = (("prefill", record.prefill), ("decode", record.decode))
     return [(name, phase) for name, phase in both if phase is not None]
+
+
+def figures(question: Question, objective: Objective) -> list[Table]:
+    """Returns the tables of points with figures."""
+    if question.measured:
+        return [measured(question, "ttft"), measured(question, "tpot")]
+    return [points(question, objective)]
+
+
+def measured(question: Question, name: str) -> Table:
+    """Returns one row for each measured point: `name`, "ttft" or "tpot", and beside it.
+
+    `off` is how much longer it took than predicted. TPOT comes with the throughput,
+    and with the most that was allocated, or ">" and what is held between calls.
+    """
+    headings = [
+        "batch", "partition", name.upper(), "spread", "predicted", "off", "limit",
+        "% of limit",
+    ]  # fmt: skip
+    if name == "tpot":
+        headings += ["tokens/s", "peak memory"]
+    rows = []
+    for r in question.ok:
+        if (m := r.measurement) is None:
+            continue
+        time_s, limit_s = r.require(f"{name}_s"), r.require(f"{name}_limit_s")
+        predicted_s = getattr(r, f"predicted_{name}_s")
+        row = [
+            str(r.batch_size),
+            question.label(r),
+            units.seconds(time_s),
+            units.percent(getattr(m, f"{name}_spread")),
+            _or_dash(predicted_s, units.seconds),
+            _more(time_s, predicted_s),
+            units.seconds(limit_s),
+            f"{100 * limit_s / time_s:.0f}",
+        ]
+        if name == "tpot":
+            held = _or_dash(m.held_bytes, lambda held: f">{units.bytes_(held)}")
+            peak = held if m.peak_bytes is None else units.bytes_(m.peak_bytes)
+            row += [units.digits(r.require("output_tokens_per_s")), peak]
+        rows.append(row)
+    return headings, rows
+
+
+def warnings(question: Question) -> Table:
+    """Returns one row for each warning about measured times, with the points."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for r in question.ok:
+        for text in r.measurement.warnings if r.measurement else ():
+            by_series = found.setdefault(" ".join(text.split()), {})
+            by_series.setdefault(question.label(r), []).append(str(r.batch_size))
+    rows = [[_points(by_series), text] for text, by_series in found.items()]
+    return ["points, at batch", "warning"], rows
 
 
 def points(question: Question, objective: Objective) -> Table:
@@ -72,11 +127,7 @@ def turned_down(question: Question) -> Table:
         by_series = batches.setdefault((r.status, words.reason_line(r)), {})
         by_series.setdefault(question.label(r), []).append(str(r.batch_size))
     rows = [
-        [
-            status,
-            "; ".join(f"{name} at {', '.join(b)}" for name, b in by_series.items()),
-            why,
-        ]
+        [status, _points(by_series), why]
         for (status, why), by_series in sorted(batches.items())
     ]
     return ["status", "points, at batch", "why"], rows
@@ -181,7 +232,7 @@ def markdown(table: Table) -> str:
     """Returns a table as Markdown, figures aligned to the right."""
     headings, rows = table
     lines = [[_cell(c) for c in row] for row in [list(headings), *rows]]
-    right = [all(_figure(row[i]) for row in rows) for i in range(len(headings))]
+    right = [all(is_figure(row[i]) for row in rows) for i in range(len(headings))]
     rule = ["--:" if r else "---" for r in right]
     return "\n".join(f"| {' | '.join(row)} |" for row in [lines[0], rule, *lines[1:]])
 
@@ -197,7 +248,10 @@ def markdown_report(
         out += [f"{_cell(words.headline(q))} {words.outcome(q)}.", ""]
         out += [f"- **{k}**: {_cell(v)}" for k, v in words.answers(q, objective)]
         if q.ok:
-            out += ["", "### Points", "", markdown(points(q, objective))]
+            for table in figures(q, objective):
+                out += ["", "### Points", "", markdown(table)]
+        if (table := warnings(q))[1]:
+            out += ["", "### Warnings", "", markdown(table)]
         if q.not_ok:
             out += ["", "### Without an answer, and why", "", markdown(turned_down(q))]
         out += ["", "### FLOPs and bytes of one device", "", markdown(flops(q)), ""]
@@ -218,12 +272,28 @@ def _cell(text: str) -> str:
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _figure(text: str) -> bool:
-    return text[:1].isdigit() or text in ("", "-")
+def is_figure(text: str) -> bool:
+    """Whether a cell is a number, to be aligned with those above and below it.
+
+    Example:
+      >>> is_figure("+3 %"), is_figure(">18.1 GB"), is_figure("-"), is_figure("tp2")
+      (True, True, True, False)
+    """
+    return text.lstrip("+-<>")[:1].isdigit() or text in ("", "-")
+
+
+def _points(batches: dict[str, list[str]]) -> str:
+    """Example: `_points({"tp2": ["1", "16"]})` is "tp2 at 1, 16"."""
+    return "; ".join(f"{name} at {', '.join(b)}" for name, b in batches.items())
 
 
 def _or_dash(value, render) -> str:
     return "-" if value is None else render(value)
+
+
+def _more(found: float, expected: float | None) -> str:
+    """Example: `_more(1.21, 1.1)` is "+10 %"."""
+    return f"{100 * (found / expected - 1):+,.0f} %" if expected else "-"
 
 
 def _ratio(ours: float, theirs: float | None) -> str:

@@ -30,6 +30,7 @@ _COLOURS = (
 )  # fmt: skip
 # Columns that a narrow console goes without, the first first.
 _DISPENSABLE = ("limited by", "% of limit", "tokens/s", "memory", "frontier")
+_DISPENSABLE_OF_MEASURED = ("limit", "spread", "tokens/s")
 # Bit of each of a braille character's 2 x 4 dots, [row][column]; U+2800 is empty.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
@@ -49,7 +50,11 @@ def show(console: Console, question: Question, objective: Objective) -> None:
         for line in scatter(question, width=min(console.width, 100)):
             console.print(line, no_wrap=True, overflow="crop")
         console.print()
-        console.print(_fitting(console, tables.points(question, objective)))
+        for table in tables.figures(question, objective):
+            console.print(_fitting(console, table))
+    if (warnings := tables.warnings(question))[1]:
+        console.print("[bold]Warnings[/]")
+        console.print(_table(warnings))
     if question.not_ok:
         console.print("\n[bold]Without an answer, and why[/]")
         console.print(_table(tables.turned_down(question)))
@@ -63,6 +68,8 @@ def show_files(console: Console, out: Path) -> None:
     """Prints where the files are and how to see them again."""
     console.print()
     for name in (*folder.REPORTS, store.FILE_NAME):
+        if not (out / name).exists():
+            continue
         console.print(f"  {out / name}", style="dim", highlight=False, soft_wrap=True)
     command = shlex.join(["python", "-m", "experiments.show", f"--out={out}"])
     console.print(Text.assemble("To see this again: ", (command, "bold")))
@@ -131,10 +138,11 @@ def series(question: Question) -> list[str]:
 def _fitting(console: Console, table: tables.Table) -> Table:
     """Returns the table without the columns that the console has no room for."""
     out, wide = _table(table, group_by=0), console.options.update(max_width=1000)
-    for i in range(1, len(_DISPENSABLE) + 1):
+    dispensable = _DISPENSABLE_OF_MEASURED if "off" in table[0] else _DISPENSABLE
+    for i in range(1, len(dispensable) + 1):
         if console.measure(out, options=wide).maximum <= console.width:
             break
-        out = _table(table, group_by=0, drop=set(_DISPENSABLE[:i]))
+        out = _table(table, group_by=0, drop=set(dispensable[:i]))
     return out
 
 
@@ -148,7 +156,7 @@ def _table(
     kept = [i for i, name in enumerate(headings) if name not in (drop or ())]
     out = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     for i in kept:
-        figures = all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows)
+        figures = all(tables.is_figure(row[i]) for row in rows)
         last = i == kept[-1]
         out.add_column(
             Text(headings[i]),

@@ -25,7 +25,10 @@ METRICS = (
         "The least time physics allows: bytes that must move, FLOPs that must be"
         " done and messages that must be sent, at the chip's peak rates.",
     ),
-    ("% of limit", "100 x limit / estimated time; 100 % cannot be improved on."),
+    (
+        "% of limit",
+        "100 x limit / time, measured or else estimated; 100 % cannot be improved on.",
+    ),
     ("MFU", "FLOPs the model needs / (time x peak FLOP/s of the devices)."),
     ("MBU", "Bytes the model must move / (time x peak memory bandwidth)."),
     (
@@ -42,6 +45,21 @@ METRICS = (
         "parts of time",
         "Compute or HBM, whichever takes longer, of each operation; links by mesh"
         " axis; overhead of each call; bubble is the idle share of a pipeline.",
+    ),
+    (
+        "predicted, off",
+        "What a roofline of the compiled program says, and how much longer or shorter"
+        " the measured time is.",
+    ),
+    (
+        "spread",
+        "Interquartile range of the measured samples / their median: smaller"
+        " differences mean nothing.",
+    ),
+    (
+        "peak memory",
+        "Most allocated on a device by the point; where the allocator cannot say, what"
+        " is held between calls, after >.",
     ),
     (
         "memory",
@@ -71,7 +89,10 @@ ORIGIN = {
         "Where weights and cache alone are larger than a device's memory, nothing was"
         " compiled."
     ),
-    "measured": "Times were measured on attached devices.",
+    "measured": (
+        "Times are medians of runs on attached devices, with random weights and"
+        " prompts. Predictions and parts of time are of the same compiled programs."
+    ),
 }
 
 
@@ -108,7 +129,7 @@ class Best:
       measure: e.g. "best TTFT".
       name: the winner's series, e.g. "tp8".
       figure: e.g. "9.84 ms".
-      limit: e.g. "limited by HBM".
+      limit: e.g. "limited by HBM"; if measured, "81 % of the limit of TPOT".
       near: who is within 5 %, e.g. "tp4_pp2 within 5 %", or "".
     """
 
@@ -130,18 +151,15 @@ def best(question: Question, batch_size: int) -> list[Best]:
     rate = most(records, "output_tokens_per_s")
     if ttft is None or tpot is None or rate is None:
         return []
-    prefill, decode = ttft.record.prefill, tpot.record.decode
-    assert prefill is not None
-    assert decode is not None
     figures = (
-        ("best TTFT", ttft, seconds_of(ttft.record, "ttft_s"), prefill.bottleneck),
-        ("best TPOT", tpot, seconds_of(tpot.record, "tpot_s"), decode.bottleneck),
+        ("best TTFT", ttft, seconds_of(ttft.record, "ttft_s"), "ttft"),
+        ("best TPOT", tpot, seconds_of(tpot.record, "tpot_s"), "tpot"),
         (
             "most tokens/s",
             rate,
             f"{units.digits(rate.record.require('output_tokens_per_s'))},"
             f" {_per_chip(rate.record)} per chip",
-            rate.record.bottleneck,
+            "e2e",
         ),
     )
     return [
@@ -149,11 +167,21 @@ def best(question: Question, batch_size: int) -> list[Best]:
             measure=measure,
             name=question.label(winner.record),
             figure=figure,
-            limit=f"limited by {part_name(str(part))}",
+            limit=_limit(winner.record, name),
             near=_near(question, winner),
         )
-        for measure, winner, figure, part in figures
+        for measure, winner, figure, name in figures
     ]
+
+
+def _limit(record: Record, name: str) -> str:
+    """Returns what limits the time `name`, or how near its limit a measured one is."""
+    if record.measurement is not None:
+        name = "tpot" if name == "e2e" else name
+        share = record.require(f"{name}_limit_s") / record.require(f"{name}_s")
+        return f"{units.percent(share)} of the limit of {name.upper()}"
+    phase = {"ttft": record.prefill, "tpot": record.decode}.get(name, record)
+    return f"limited by {part_name(str(phase and phase.bottleneck))}"
 
 
 def answers(question: Question, objective: Objective) -> list[tuple[str, str]]:
