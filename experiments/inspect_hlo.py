@@ -81,6 +81,7 @@ _JSON = flags.DEFINE_string("json", None, "Write JSON to this file; - is stdout.
 _HTML = flags.DEFINE_string("html", None, "Write a page to this file.")
 _OUT = flags.DEFINE_string("out", None, "Write inspect.html and inspect.json here.")
 
+_WIDTH = 110  # of a report that is not printed on a terminal
 _OF_FILES = (_HLO, _MODULE, _MESH)
 _OF_PROGRAMS = (
     _PARTITION, _PHASE, _TARGET, _RULES, _BATCH_SIZE, _INPUT_LEN, _OUTPUT_LEN, _DTYPE,
@@ -206,6 +207,14 @@ def _read(question: Question, chip: Chip | None, known: dict[str, Any]) -> Answe
         ) from None
 
 
+def _console(*, is_aside: bool) -> Console:
+    """Returns where to print: beside standard output, if that is for JSON."""
+    console = Console(stderr=is_aside)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH
+    return console
+
+
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, inspects, and prints."""
     wrong: list[str] = []
@@ -225,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     json, html = _tried(wrong, _files) or (None, None)
     if wrong:
         _refuse(list(dict.fromkeys(wrong)))
-    console = Console(stderr=json == "-")
+    console = _console(is_aside=json == "-")
     try:
         with console.status("Reading what the compiler made"):
             answers = [_read(each, chip, known) for each in asked]

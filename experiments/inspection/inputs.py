@@ -94,6 +94,16 @@ Question = FileQuestion | ProgramQuestion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Dump:
+    """One optimised program in a folder of `--xla_dump_to`."""
+
+    name: str
+    path: pathlib.Path
+    size_bytes: int
+    is_chosen: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     """One optimised program, and what is known besides.
 
@@ -104,6 +114,7 @@ class Subject:
       axes: sizes of the mesh axes by name; None where nobody said.
       chip: what it was compiled for; None where nobody said.
       memory: by what it is for; None where only the program is known.
+      dumps: the programs of a folder that this one was chosen from, if from several.
     """
 
     title: str
@@ -112,15 +123,7 @@ class Subject:
     axes: Mapping[str, int] | None
     chip: Chip | None = None
     memory: Memory | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dump:
-    """One optimised program in a folder of `--xla_dump_to`."""
-
-    name: str
-    path: pathlib.Path
-    size_bytes: int
+    dumps: tuple[Dump, ...] = ()
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -305,10 +308,18 @@ def _read_file(question: FileQuestion) -> Subject:
     if isinstance(program, str):
         _refuse_other_text(program, title)
         facts.append(f"{len(program.splitlines()):,} lines")
-    if len(every) > 1:
+    if every:
         chosen = "the largest of" if question.module is None else "one of"
         facts.append(f"{chosen} {len(every)} programs in {question.path}")
-    return Subject(title=title, facts=tuple(facts), program=program, axes=question.mesh)
+    return Subject(
+        title=title,
+        facts=tuple(facts),
+        program=program,
+        axes=question.mesh,
+        dumps=tuple(
+            dataclasses.replace(dump, is_chosen=dump.path == path) for dump in every
+        ),
+    )
 
 
 def _refuse_other_text(text: str, title: str) -> None:
@@ -331,7 +342,8 @@ def _find(question: FileQuestion) -> tuple[pathlib.Path | None, Sequence[Dump]]:
     """Returns the file to read, and all there were to choose from; None is stdin."""
     path = pathlib.Path(question.path)
     if question.path != STDIN and path.is_dir():
-        return choose(path, question.module).path, dumps(path)
+        every = dumps(path)
+        return choose(path, question.module).path, every if len(every) > 1 else ()
     if question.path != STDIN and not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = difflib.get_close_matches(path.name, [p.name for p in beside], 1)

@@ -97,8 +97,8 @@ def _bound(answer: Answer, row: Bound) -> tuple[Cell, ...]:
         Cell(text=units.count(row.flops) if row.flops else "-", order=row.flops),
         _bytes(row.hbm_bytes),
         Cell(text=_each_byte(row.flops_per_byte), order=row.flops_per_byte),
-        *_where(row),
-        Cell(text=names.printable("" if row.axis else row.name)),
+        *_where(row, row.name),
+        Cell(text=names.printable(row.name)),
     )
 
 
@@ -174,6 +174,20 @@ def loops(answer: Answer) -> Table:
     return Table(columns=columns, rows=tuple(rows), figures=figures)
 
 
+def dumps(answer: Answer) -> Table:
+    """Returns the programs of the folder that this one was chosen from."""
+    rows = [
+        (
+            Cell(text="→" if dump.is_chosen else ""),
+            Cell(text=names.printable(dump.name)),
+            Cell(text=size(dump.size_bytes), order=dump.size_bytes),
+        )
+        for dump in answer.subject.dumps
+    ]
+    columns = ("", "program", "text")
+    return Table(columns=columns, rows=tuple(rows), figures=frozenset(["text"]))
+
+
 def totals(answer: Answer) -> list[tuple[str, str, str]]:
     """Returns (name, figure, remark) of what one device does in one call."""
     a, memory = answer.analysis, answer.analysis.memory
@@ -200,6 +214,11 @@ def assumed(answer: Answer) -> list[str]:
     if answer.is_assumed:
         found.append(
             f"times are for {answer.chip.title}: no chip was named; --chip names one"
+        )
+    if answer.collectives and not answer.analysis.axes:
+        found.append(
+            "groups are shown as sets of devices: no mesh was named; --mesh names its"
+            " axes, as data=2,tensor=4"
         )
     return [names.printable(text) for text in found]
 
@@ -273,9 +292,9 @@ def _bytes(value: int) -> Cell:
     return Cell(text=size(value) if value else "-", order=value)
 
 
-def _where(row: Collective | Bound) -> tuple[Cell, ...]:
+def _where(row: Collective | Bound, name: str = "-") -> tuple[Cell, ...]:
     return (
         Cell(text=names.printable(row.source)),
         Cell(text=names.trips(row.loop), whole=row.loop),
-        Cell(text=names.short(row.op_name), whole=row.op_name),
+        Cell(text=names.short(row.op_name) or names.printable(name), whole=row.op_name),
     )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from experiments.inspection import names, tables
 from experiments.inspection.answer import Answer
-from experiments.inspection.tables import Table
+from experiments.inspection.tables import Cell, Table
 from experiments.report import units
 
 _COLOURS = {
@@ -19,7 +19,9 @@ _COLOURS = {
 }  # fmt: skip
 # Columns whose text is cut from the left, and those to go without, first ones first.
 _PATHS = ("operation", "array", "inside", "instruction")
-_DISPENSABLE = ("instruction", "FLOPs/B", "total")
+_DISPENSABLE = ("instruction", "FLOPs/B", "total", "HBM", "FLOPs")
+_SETS = ("axis",)  # may be sets of devices, whose beginning says most
+_SET_WIDTH = 20
 _LEAST = 24  # characters of a path, if it has as many
 _GAP = 2
 _MOST_ADVICE = 8
@@ -31,7 +33,7 @@ def show(console: Console, answer: Answer, top: int) -> None:
     _totals(console, answer)
     advice(console, answer)
     rows = tables.collectives(answer, top)
-    section(console, "Collectives", "by axis; wire is what one device sends")
+    section(console, "Collectives", "most sent first; wire is what one device sends")
     if rows.rows:
         table(console, rows)
     else:
@@ -65,6 +67,9 @@ def heading(console: Console, answer: Answer) -> None:
     ]
     line = " · ".join(fact for fact in facts if fact)
     console.print(Text(f"{line}. One device, one call.", style="dim"))
+    if answer.subject.dumps:
+        section(console, "Programs", "--module chooses another")
+        table(console, tables.dumps(answer))
 
 
 def _totals(console: Console, answer: Answer) -> None:
@@ -142,15 +147,20 @@ def table(console: Console, content: Table) -> None:
         right = "right" if name in content.figures else "left"
         out.add_column(Text(name), justify=right, no_wrap=True, width=width)
     for row in content.rows:
-        cells = ((row[i], width) for i, width in shown.items())
         out.add_row(*(
-            Text(names.tail(cell.text, width), _COLOURS.get(cell.mark, ""))
-            for cell, width in cells
+            _cell(row[i], width, content.columns[i]) for i, width in shown.items()
         ))  # fmt: skip
     console.print(out)
     if content.left_out:
         more = f"  and {content.left_out:,} more; --top shows more"
         console.print(more, style="dim")
+
+
+def _cell(cell: Cell, width: int, column: str) -> Text:
+    text = cell.text
+    if column in _SETS and len(text) > width:
+        text = f"{text[: width - 1]}…"
+    return Text(names.tail(text, width), _COLOURS.get(cell.mark, ""))
 
 
 def _columns(content: Table, width: int) -> dict[int, int]:
@@ -160,6 +170,9 @@ def _columns(content: Table, width: int) -> dict[int, int]:
         for i, name in enumerate(content.columns)
         if any(row[i].text.strip("-") for row in content.rows)
     }
+    for i in wanted:
+        if content.columns[i] in _SETS:
+            wanted[i] = min(wanted[i], _SET_WIDTH)
     dispensable = list(_DISPENSABLE)
     while True:
         paths = [i for i in wanted if content.columns[i] in _PATHS]
