@@ -174,8 +174,10 @@ def _merge(
             continue
         largest = max(found, key=lambda f: f.num_bytes)
         times = sum(f.count for f in found)
-        evidence = f"{figure_bytes(total)} in {times} executions of {len(found)}"
-        evidence += f" instructions, such as %{largest.instruction.name}"
+        evidence = f"{figure_bytes(total)} in {times} run{'s' * (times > 1)} of "
+        if len(found) > 1:
+            evidence += f"{len(found)} instructions, such as "
+        evidence += f"%{largest.instruction.name}"
         op_name, _ = sources.of(largest.instruction)
         advice.append(_advice(kind, what, evidence, total, times, op_name, source))
     return advice

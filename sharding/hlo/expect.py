@@ -201,9 +201,7 @@ def assert_memory_below(program: Program | Analysis, limit_bytes: int) -> None:
     memory = analysis.memory
     most = memory.peak_bytes
     if memory.xla is not None:
-        xla = memory.xla
-        packed = xla.argument_bytes + xla.output_bytes - xla.alias_bytes
-        most = max(most, packed + xla.temporary_bytes)
+        most = max(most, memory.xla.total_bytes)
     if most >= limit_bytes:
         raise AssertionError(
             f"{analysis.name} holds {figure_bytes(most)} on one device, which must be"

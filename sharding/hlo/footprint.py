@@ -47,6 +47,12 @@ def padded_bytes(leaf: Shape) -> int:
     return (size * bits + 7) // 8
 
 
+def minor_to_major(leaf: Shape) -> str:
+    """Returns the order in which an array's dimensions lie, "1,0"; "" if not said."""
+    found = _MINOR_TO_MAJOR.match(leaf.layout)
+    return found[1] if found else ""
+
+
 def spell_shape(shape: Shape) -> str:
     """Returns "bf16[16,640]", or "(bf16[2], s32[])", without layouts."""
     if shape.dtype == "tuple":

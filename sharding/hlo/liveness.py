@@ -8,8 +8,8 @@ shares a buffer are those of XLA's buffer assignment:
     while                                        carries in place, through its body
     dynamic-update-slice, scatter, fusions       write into their operand
       that end in one, output_to_operand_aliasing
-    elementwise operations, all-reduce-start,    take over an operand of the same
-      sort, fusions of the first                 size that nothing reads later
+    elementwise operations, all-reduce-start,    take over an operand of the same size
+      sort, fusions of the first                 and order that nothing reads later
     conditional, call, async-start               write their results where the caller
                                                  wants them
 
@@ -24,7 +24,7 @@ import heapq
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from sharding.hlo.footprint import padded_bytes
+from sharding.hlo.footprint import minor_to_major, padded_bytes
 from sharding.hlo.opcodes import ELEMENTWISE
 from sharding.hlo.reader import Computation, Instruction, Module
 from sharding.hlo.shapes import Shape
@@ -182,7 +182,7 @@ class _Follower:
                 found = self._make(instruction, line)
                 self._place(computation, instruction, callee, operands, found)
                 made += [v for v in found if v.born == line and v.given < 0]
-                shared += self._takeable(instruction, line, operands, found)
+                shared += self._takeable(computation, line, operands, found)
             leaves[instruction.name] = found
             if opcode not in _NOT_A_USE:
                 for values in operands:
@@ -295,12 +295,13 @@ class _Follower:
 
     def _takeable(
         self,
-        instruction: Instruction,
+        computation: Computation,
         line: int,
         operands: list[Sequence[Value]],
         found: list[Value],
     ) -> Iterator[tuple[int, Value, Value]]:
         """Yields the operands whose buffer a result may take over if they end here."""
+        instruction = computation.instructions[line]
         opcode = instruction.opcode
         if opcode == "fusion":
             called = self._module.computations[instruction.called("calls") or ""]
@@ -315,8 +316,12 @@ class _Follower:
             if value.born != line or not value.num_bytes:
                 continue
             for number in numbers:
-                for old in operands[number] if number < len(operands) else ():
-                    if old.num_bytes == value.num_bytes:
+                if number >= len(operands):
+                    continue
+                seen = computation.by_name[instruction.operands[number]].shape.leaves
+                for old, leaf in zip(operands[number], seen, strict=True):
+                    same_order = minor_to_major(leaf) == minor_to_major(value.shape)
+                    if old.num_bytes == value.num_bytes and same_order:
                         yield line, old, value
 
     def _fusion(self, called: Computation) -> tuple[dict[int, int], frozenset[int]]:

@@ -70,7 +70,8 @@ class XlaMemory:
     """What XLA says of the same program: `compiled.memory_analysis()`.
 
     Attributes:
-      peak_bytes: None where this XLA does not say.
+      peak_bytes: as XLA reports it, which on some platforms leaves parts out; None
+        where it does not say.
     """
 
     argument_bytes: int
@@ -78,6 +79,12 @@ class XlaMemory:
     alias_bytes: int
     temporary_bytes: int
     peak_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Arguments, outputs and temporaries, aliases counted once."""
+        results = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + results + self.temporary_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ A record is a title, some lines and some tables of plain strings; the two method
 
 import dataclasses
 import html
+import textwrap
 from collections.abc import Sequence
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -16,15 +17,23 @@ _WIDEST = 60  # characters of a cell in a terminal; HTML shows it all
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells that are already text; columns named in `right` hold figures."""
+    """Cells that are already text.
+
+    Attributes:
+      right: columns that hold figures.
+      prose: columns of sentences, the last ones; in a terminal they stand below.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[str] = frozenset()
+    prose: frozenset[str] = frozenset()
 
     def text(self) -> str:
         """Returns the table with its title, for a terminal."""
+        if self.prose:
+            return "\n".join([self.title, *map(self._paragraph, self.rows)])
         rows = [self.columns, *(tuple(map(shorten, row)) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         right = [name in self.right for name in self.columns]
@@ -36,6 +45,16 @@ class Table:
             for row in rows
         ]
         return "\n".join([self.title, *(f"  {line}" for line in lines)])
+
+    def _paragraph(self, row: tuple[str, ...]) -> str:
+        cells = list(zip(self.columns, row, strict=True))
+        first = "  ".join(cell for name, cell in cells if name not in self.prose)
+        below = [" ".join(cell.split()) for name, cell in cells if name in self.prose]
+        return "\n".join(
+            textwrap.fill(text, 96, initial_indent=indent, subsequent_indent="      ")
+            for text, indent in [(first, "  "), *((text, "      ") for text in below)]
+            if text
+        )
 
     def html(self) -> str:
         """Returns the table as HTML; every cell is escaped."""

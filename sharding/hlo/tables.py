@@ -69,7 +69,7 @@ def collectives(rows: Sequence[Collective], limit: int = 20) -> Table:
 def memory(found: Memory) -> Table:
     """Memory by category, ours beside XLA's."""
     xla = found.xla
-    pairs = [
+    pairs: list[tuple[str, int | None, int | None]] = [
         ("arguments", found.argument_bytes, xla and xla.argument_bytes),
         ("outputs", found.output_bytes, xla and xla.output_bytes),
         ("of these in an argument's place", found.alias_bytes, xla and xla.alias_bytes),
@@ -79,14 +79,16 @@ def memory(found: Memory) -> Table:
             xla and xla.temporary_bytes,
         ),
         ("constants", found.constant_bytes, None),
-        ("peak", found.peak_bytes, xla and xla.peak_bytes),
+        ("in all", found.peak_bytes, xla and xla.total_bytes),
     ]
+    if xla is not None and xla.peak_bytes is not None:
+        pairs.append(("peak as XLA reports it", None, xla.peak_bytes))
     return Table(
         title="Memory",
         columns=("what", "from the text", "XLA's own"),
         rows=tuple(
-            (what, figure_bytes(ours), "" if theirs is None else figure_bytes(theirs))
-            for what, ours, theirs in pairs
+            (what, *("" if size is None else figure_bytes(size) for size in sizes))
+            for what, *sizes in pairs
         ),
         right=frozenset(["from the text", "XLA's own"]),
     )
@@ -156,4 +158,5 @@ def advice(found: Sequence[Advice]) -> Table:
             for a in found
         ),
         right=frozenset(["bytes"]),
+        prose=frozenset(["evidence", "change"]),
     )
