@@ -1,5 +1,6 @@
 """Trained parameters from files onto the devices of a mesh, each reading its slice."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,20 @@ def load_params(
     Raises:
       ValueError: `checkpoint` holds another model.
     """
+    parts = read_parts(checkpoint, layout, mesh, progress)
+    return jax.block_until_ready(published.assemble(layout, mesh, parts))
+
+
+def read_parts(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[Part, Tree]]:
+    """Yields every part of the published model, lying as `published.shapes` says.
+
+    Arguments and errors are those of `load_params`.
+    """
     if checkpoint.config != layout.config:
         raise ValueError(
             f"the checkpoint holds {checkpoint.config}, the program is for"
@@ -41,24 +56,18 @@ def load_params(
             " checkpoint's config."
         )
     wanted = published.shapes(layout, mesh)
-
-    def read() -> Iterator[tuple[Part, Tree]]:
-        for done, (part, tree) in enumerate(wanted.items()):
-            if progress:
-                progress(done, len(wanted))
-            yield (
-                part,
-                jax.tree_util.tree_map_with_path(
-                    lambda path, leaf: _read(checkpoint, part, path, leaf),  # noqa: B023
-                    tree,
-                ),
-            )
-
-    params = published.assemble(layout, mesh, read())
-    jax.block_until_ready(params)
+    for done, (part, tree) in enumerate(wanted.items()):
+        if progress:
+            progress(done, len(wanted))
+        yield (
+            part,
+            jax.tree_util.tree_map_with_path(
+                lambda path, leaf: _read(checkpoint, part, path, leaf),  # noqa: B023
+                tree,
+            ),
+        )
     if progress:
         progress(len(wanted), len(wanted))
-    return params
 
 
 def _read(
