@@ -59,13 +59,8 @@ def read_parts(
     for done, (part, tree) in enumerate(wanted.items()):
         if progress:
             progress(done, len(wanted))
-        yield (
-            part,
-            jax.tree_util.tree_map_with_path(
-                lambda path, leaf: _read(checkpoint, part, path, leaf),  # noqa: B023
-                tree,
-            ),
-        )
+        read = functools.partial(_read, checkpoint, part)
+        yield part, jax.tree_util.tree_map_with_path(read, tree)
     if progress:
         progress(len(wanted), len(wanted))
 
