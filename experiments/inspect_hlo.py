@@ -166,15 +166,20 @@ def _files() -> tuple[str | None, str | None]:
     for path in (json, html):
         if path in (None, "-"):
             continue
+        folder = pathlib.Path(path).parent
         try:
-            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab"):
-                pass
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"cannot write {path}: {error.strerror}. A result is a file in a folder"
-                " that can be written. Choose another."
+                f"cannot make folder {folder}: {error.strerror}. A result is a file in"
+                " a folder that can be written. Choose another."
             ) from None
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
+            why = "it is a folder" if os.path.isdir(path) else "no permission"
+            raise ValueError(
+                f"cannot write {path}: {why}. A result is a file in a folder that can"
+                " be written. Choose another."
+            )
     return json, html
 
 
@@ -240,16 +245,17 @@ def main(argv: Sequence[str]) -> None:
             answers = [_read(each, chip, known) for each in asked]
     except ValueError as error:
         sys.exit(str(error))
+    # Files first: a reader like `head` may close the terminal's pipe.
     made = provenance.collect()
     (found,) = answers
-    terminal.show(console, found, _TOP.value)
-    values = record.one(found, made)
     if json == "-":
-        sys.stdout.write(record.text(values))
+        sys.stdout.write(record.text(record.one(found, made)))
     elif json:
-        pathlib.Path(json).write_text(record.text(values), encoding="utf-8")
+        text = record.text(record.one(found, made))
+        pathlib.Path(json).write_text(text, encoding="utf-8")
     if html:
         pathlib.Path(html).write_text(page.one(found, made), encoding="utf-8")
+    terminal.show(console, found, _TOP.value)
     for path in (json, html):
         if path and path != "-":
             console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ Names from HLO are escaped here, because Plotly reads its text as HTML.
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ def _name_largest(figure: go.Figure, rows: Sequence[Bound]) -> None:
         figure.add_annotation(
             x=place,
             y=math.log10(row.flops / row.time_s),
-            text=_escaped(names.short(row.op_name, 28) or row.name),
+            text=_escaped(f"{names.short(row.op_name, 28) or row.name} {row.source}"),
             font=dict(size=11, color=_INK),
             showarrow=True,
             arrowhead=0,
@@ -224,7 +225,7 @@ def links(answers: Sequence[Answer], labels: Sequence[str]) -> Figure | None:
         barmode="stack",
         bargap=0.32,
         height=_FRAME_PX + _ROW_PX * len(places),
-        xaxis=dict(range=[0, high], **_byte_ticks(0, high), fixedrange=True),
+        xaxis=dict(range=[0, high], **_byte_ticks(high), fixedrange=True),
         yaxis=dict(
             tickvals=list(range(len(places))),
             ticktext=texts,
@@ -274,7 +275,7 @@ def timeline(answers: Sequence[Answer], labels: Sequence[str]) -> Figure | None:
     figure.update_layout(
         height=300,
         xaxis=dict(title="through the schedule", ticksuffix=" %", range=[0, 100]),
-        yaxis=dict(title="temporaries", range=[0, high], **_byte_ticks(0, high)),
+        yaxis=dict(title="temporaries", range=[0, high], **_byte_ticks(high)),
     )
     return _finish(figure)
 
@@ -333,11 +334,11 @@ def _power(value: float) -> str:
     return units.count(value).replace(".00", "").replace(".0", "")
 
 
-def _byte_ticks(low: float, high: float) -> dict[str, Any]:
+def _byte_ticks(high: float) -> dict[str, Any]:
     step = 10.0 ** math.floor(math.log10(high / 3 or 1))
     step *= next(m for m in (1, 2, 5, 10) if high / (m * step) <= 6)
-    values = [low + i * step for i in range(int(high / step) + 1)]
-    texts = ["0" if not v else tables.size(v).replace(".00", "") for v in values]
+    values = [i * step for i in range(int(high / step) + 1)]
+    texts = [re.sub(r"\.0+ ", " ", tables.size(value)) for value in values]
     return dict(tickvals=values, ticktext=texts)
 
 

@@ -336,6 +336,12 @@ def _refuse_other_text(text: str, title: str) -> None:
             " no layouts, fusions or collectives yet. Pass the text of"
             " jitted.lower(...).compile().as_text()."
         )
+    if "HloModule" not in text and "ENTRY" not in text:
+        raise ValueError(
+            f"{title} holds no program: it has no line that begins with HloModule or"
+            f" ENTRY, but begins with {start[:40]!r}. Pass the text of"
+            " jitted.lower(...).compile().as_text(), or what --xla_dump_to wrote."
+        )
 
 
 def _find(question: FileQuestion) -> tuple[pathlib.Path | None, Sequence[Dump]]:

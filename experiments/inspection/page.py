@@ -32,7 +32,7 @@ def one(answer: Answer, provenance: Provenance) -> str:
         time_bar=time_bar(answer),
         memory_bar=memory_bar(answer),
         peak=tables.size(a.memory.peak_bytes),
-        advice=a.advice,
+        findings=tables.findings(answer),
         links=charts.links([answer], [""]),
         link_legend=_kinds(answer),
         collectives=tables.collectives(answer, _MOST_ROWS),

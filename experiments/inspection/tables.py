@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from experiments.inspection import names
 from experiments.inspection.answer import Answer
 from experiments.report import units
+from sharding.hlo.advice import Advice
 from sharding.hlo.memory import Buffer
 from sharding.hlo.records import Collective
 from sharding.hlo.roofline import Bound
@@ -36,6 +37,14 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     figures: frozenset[str] = frozenset()
     left_out: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Advice: (what, file:line, evidence) of each place, and one change for all."""
+
+    places: tuple[tuple[str, ...], ...]
+    change: str
 
 
 _FIGURES = frozenset([
@@ -206,6 +215,24 @@ def totals(answer: Answer) -> list[tuple[str, str, str]]:
         ]
         rows.append(("Time, at least", units.seconds(answer.time_s), ", ".join(parts)))
     return rows
+
+
+def findings(answer: Answer, limit: int | None = None) -> list[Finding]:
+    """Returns what a person should look at; what is changed alike stands together."""
+    every = answer.analysis.advice
+    found: dict[tuple[str, str], list[Advice]] = {}
+    for each in every[:limit]:
+        found.setdefault((each.kind, each.change), []).append(each)
+    return [
+        Finding(
+            places=tuple(
+                tuple(map(names.printable, (each.what, each.source, each.evidence)))
+                for each in group
+            ),
+            change=names.printable(change),
+        )
+        for (_, change), group in found.items()
+    ]
 
 
 def assumed(answer: Answer) -> list[str]:

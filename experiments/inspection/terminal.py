@@ -106,25 +106,21 @@ def section(console: Console, name: str, remark: str) -> None:
 
 def advice(console: Console, answer: Answer) -> None:
     """Prints what a person should look at, the largest first."""
-    found = answer.analysis.advice
+    found = tables.findings(answer, _MOST_ADVICE)
     if not found:
         return
     section(console, "Look at", "most bytes first")
-    for number, each in enumerate(found[:_MOST_ADVICE], start=1):
-        place = f" ({names.printable(each.source)})" if each.source else ""
-        line = Text.assemble((f"{names.printable(each.what)}{place}", "yellow"))
-        console.print(Padding(_numbered(number, line), (0, 0, 0, 1)))
-        for text, style in ((each.evidence, "dim"), (each.change, "")):
-            if text:
-                console.print(Padding(Text(names.printable(text), style), (0, 0, 0, 4)))
-    if len(found) > _MOST_ADVICE:
-        console.print(f"  and {len(found) - _MOST_ADVICE} smaller", style="dim")
-
-
-def _numbered(number: int, text: Text) -> RichTable:
-    grid = RichTable.grid(padding=(0, 1, 0, 0))
-    grid.add_row(Text(f"{number}."), text)
-    return grid
+    for number, each in enumerate(found, start=1):
+        for k, (what, source, evidence) in enumerate(each.places):
+            place = (f"  {source}", "cyan")
+            label = "" if k else f"{number}."
+            console.print(Text.assemble(f"{label:>3} ", (what, "bold"), place))
+            if evidence:
+                console.print(Padding(Text(evidence, "dim"), (0, 0, 0, 4)))
+        if each.change:
+            console.print(Padding(Text(f"→ {each.change}"), (0, 0, 0, 4)))
+    if (left := len(answer.analysis.advice) - _MOST_ADVICE) > 0:
+        console.print(f"  and {left} smaller", style="dim")
 
 
 def warnings(console: Console, answer: Answer) -> None:
