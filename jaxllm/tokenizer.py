@@ -85,6 +85,15 @@ class Tokenizer:
         """Returns the token that is `text` as a whole, or None."""
         return self._backend.token_to_id(text)
 
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token for token, how in added.items() if how.special)
+
+    def is_silent(self, token: int) -> bool:
+        """Whether `decode` passes over `token`: a special one, or none at all."""
+        return token in self._special or self._backend.id_to_token(token) is None
+
     def is_byte(self, token: int) -> bool:
         """Whether `token` is one byte, of a character that has no token of its own."""
         return _BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
@@ -157,6 +166,8 @@ class Stream:
 
     def push(self, token: int) -> str:
         """Returns the text that is certain with one more token."""
+        if self._tokenizer.is_silent(token):
+            return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         sure = text.rstrip("\ufffd")  # How an unfinished character decodes.
