@@ -5,12 +5,13 @@ take hold of the devices, so a sweep calls them in one worker process, which kee
 partition's parameters from point to point.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import threading
 from typing import Any
 
@@ -148,22 +149,32 @@ def measure(point: Point, how: How) -> Record:
         reason = f"Too much: {holds}; nothing was run."
         return record(status="does not fit", reason=reason, **memory)
     try:
-        answer = _timed(point, how, target, prefill, decode)
+        compiled = prefill.compile(target), decode.compile(target)
+        memory["needed_bytes"] = max(c.memory.peak_bytes for c in compiled)
+        if memory["needed_bytes"] > memory["available_bytes"]:
+            # Not tried: if one device runs out, others may wait for it for ever.
+            reason = f"So says the compiler: {holds}, the rest is temporary."
+            return record(status="does not fit", reason=reason, **memory)
+        answer = _timed(point, how, target, (prefill, decode), compiled)
     except jax.errors.JaxRuntimeError as error:
         if not _OUT_OF_MEMORY.search(str(error)):
             raise
         said = " ".join(str(error).split())[:300]
-        reason = f"Out of memory when run: {holds}, the rest is temporary. {said}"
+        reason = f"Out of memory: {holds}, the rest is temporary. {said}"
         return record(status="does not fit", reason=reason, **memory)
     return record(status="ok", **{**memory, **answer})
 
 
 def _timed(
-    point: Point, how: How, target: Target, prefill: Program, decode: Program
+    point: Point,
+    how: How,
+    target: Target,
+    programs: tuple[Program, Program],
+    compiled: tuple[CompiledProgram, CompiledProgram],
 ) -> dict[str, Any]:
     """Returns the fields of a record with figures."""
     before, warnings = _look(target, how)
-    compiled = prefill.compile(target), decode.compile(target)
+    prefill, decode = programs
     layout = decode.layout
     mesh = make_mesh(target.mesh_devices(decode.partition.shape))
     params = _params(point, layout, target)
@@ -182,7 +193,6 @@ def _timed(
 
     answer: dict[str, Any] = dict(
         micro_batches=prefill.prefill_micro_batches,
-        needed_bytes=max(c.memory.peak_bytes for c in compiled),
         **rates(
             ttft_s=found.ttft_s,
             tpot_s=found.tpot_s,
@@ -280,14 +290,16 @@ def _expected(
 ) -> dict[str, Any]:
     """Returns a phase's limit, prediction and counts; adds to `warnings` if it cannot.
 
-    A program that holds something unknown to the ledger is timed all the same.
+    A program that holds something unknown to the ledger is timed all the same: times
+    need the devices again, predictions do not.
     """
     name = _NAMES[program.phase]
     limit = {f"{name}_limit_s": limits.limit_s(program, target.chip)}
     try:
         phase, parts, _ = evaluate.price(program, compiled, target)
-    except ValueError as error:
-        warnings.append(f"no prediction of {program.phase}: {error}")
+    except Exception as error:
+        kind = type(error).__name__
+        warnings.append(f"no prediction of {program.phase}, {kind}: {error}")
         return limit
     # Shares of the peaks are of the time as measured.
     faster = parts.total_s / measured_s
@@ -305,12 +317,18 @@ def _expected(
 
 
 def _profile(folder: pathlib.Path, point: Point, generate: Any) -> None:
-    """Writes a JAX profile of one prefill and a few decode steps."""
+    """Writes a JAX profile of one prefill and a few decode steps.
+
+    Two files: NAME.trace.json.gz for Perfetto, NAME.xplane.pb for XProf.
+    """
     name = f"{point.partition}_{point.rules}_batch{point.batch_size}"
-    with contextlib.suppress(FileExistsError):
-        (folder / name).mkdir(parents=True)
-    with jax.profiler.trace(str(folder / name)):
-        generate(_PROFILED_CALLS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        with jax.profiler.trace(scratch):
+            generate(_PROFILED_CALLS)
+        for suffix in ("trace.json.gz", "xplane.pb"):
+            (found,) = pathlib.Path(scratch).rglob(f"*.{suffix}")
+            shutil.copy(found, folder / f"{name}.{suffix}")
 
 
 def _settings() -> dict[str, str]:
