@@ -16,6 +16,7 @@ instead, and `--diff` then says what changes:
         --target=h100:8 --partition=tp8 --diff=partition=tp4_pp2
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -29,6 +30,7 @@ from rich.console import Console
 from experiments.evaluate import too_large
 from experiments.inspection import page, record, terminal
 from experiments.inspection.answer import Answer, answer
+from experiments.inspection.difference import Comparison
 from experiments.inspection.inputs import (
     FileQuestion,
     ProgramQuestion,
@@ -247,15 +249,23 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(str(error))
     # Files first: a reader like `head` may close the terminal's pipe.
     made = provenance.collect()
-    (found,) = answers
+    if len(answers) == 1:
+        found = answers[0]
+        values, html_text = record.one(found, made), functools.partial(page.one, found)
+    else:
+        found = Comparison(before=answers[0], after=answers[1])
+        values, html_text = record.two(found, made), functools.partial(page.two, found)
+    # Files first: a reader like `head` may close the terminal's pipe.
     if json == "-":
-        sys.stdout.write(record.text(record.one(found, made)))
+        sys.stdout.write(record.text(values))
     elif json:
-        text = record.text(record.one(found, made))
-        pathlib.Path(json).write_text(text, encoding="utf-8")
+        pathlib.Path(json).write_text(record.text(values), encoding="utf-8")
     if html:
-        pathlib.Path(html).write_text(page.one(found, made), encoding="utf-8")
-    terminal.show(console, found, _TOP.value)
+        pathlib.Path(html).write_text(html_text(made), encoding="utf-8")
+    if isinstance(found, Comparison):
+        terminal.show_difference(console, found, _TOP.value)
+    else:
+        terminal.show(console, found, _TOP.value)
     for path in (json, html):
         if path and path != "-":
             console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)

@@ -7,17 +7,20 @@ even if it came through unescaped.
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import plotly.offline
 
-from experiments.inspection import charts, names, tables
+from experiments.inspection import charts, difference, names, tables
 from experiments.inspection.answer import Answer
+from experiments.inspection.difference import Comparison
 from experiments.report import units
 from experiments.report.record import Provenance
 
+_SIDES = ("before", "after")
 _MOST_ROWS = 400  # of a table; what is left out is said
 
 
@@ -27,14 +30,14 @@ def one(answer: Answer, provenance: Provenance) -> str:
     return _render(
         "program.html.j2",
         title=names.printable(answer.subject.title),
-        facts=facts(answer),
+        facts=tables.facts(answer),
         totals=tables.totals(answer),
         time_bar=time_bar(answer),
         memory_bar=memory_bar(answer),
         peak=tables.size(a.memory.peak_bytes),
-        findings=tables.findings(answer),
+        findings=tables.grouped(a.advice),
         links=charts.links([answer], [""]),
-        link_legend=_kinds(answer),
+        link_legend=_kinds([answer]),
         collectives=tables.collectives(answer, _MOST_ROWS),
         roofline=charts.roofline(answer),
         limits=[(tables.LIMITS[n], charts.LIMITS[n]) for n in ("compute", "hbm")],
@@ -49,16 +52,39 @@ def one(answer: Answer, provenance: Provenance) -> str:
     )
 
 
-def facts(answer: Answer) -> list[str]:
-    """Returns what the program is and where it is from, in a few words each."""
-    a = answer.analysis
-    mesh = " ".join(f"{name}={size}" for name, size in a.axes.items())
-    return [
-        names.printable(a.name),
-        f"{a.num_devices} devices" if a.num_devices > 1 else "1 device",
-        *([f"mesh {mesh}"] if mesh else []),
-        *map(names.printable, answer.subject.facts),
-    ]
+def two(found: Comparison, provenance: Provenance) -> str:
+    """Returns the page about the difference of two programs."""
+    longest_s = max(answer.time_s for answer in found.answers)
+    largest = max(answer.analysis.memory.peak_bytes for answer in found.answers)
+    return _render(
+        "difference.html.j2",
+        title=found.title,
+        is_same=found.difference.is_same and not found.lines,
+        sides=[
+            dict(
+                name=name,
+                title=names.printable(answer.subject.title),
+                facts=tables.facts(answer),
+                chip=answer.chip.title,
+                time_bar=time_bar(answer),
+                time_scale=answer.time_s / longest_s if longest_s else 1,
+                memory_bar=memory_bar(answer),
+                memory_scale=answer.analysis.memory.peak_bytes / max(largest, 1),
+                assumed=tables.assumed(answer),
+            )
+            for name, answer in zip(_SIDES, found.answers, strict=True)
+        ],
+        totals=difference.totals(found),
+        links=charts.links(found.answers, _SIDES),
+        link_legend=_kinds(found.answers),
+        collectives=difference.collectives(found, _MOST_ROWS),
+        lines=difference.lines(found, _MOST_ROWS),
+        timeline=charts.timeline(found.answers, _SIDES),
+        side_legend=list(zip(_SIDES, charts.SIDES, strict=True)),
+        new=tables.grouped(found.difference.advice_new),
+        gone=tables.grouped(found.difference.advice_gone),
+        provenance=made_by(provenance),
+    )
 
 
 def time_bar(answer: Answer) -> list[dict[str, Any]]:
@@ -106,8 +132,8 @@ def _piece(
     return dict(name=name, figure=figure, share=share, percent=percent, colour=colour)
 
 
-def _kinds(answer: Answer) -> list[tuple[str, str]]:
-    found = {row.kind for row in answer.collectives}
+def _kinds(answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    found = {row.kind for answer in answers for row in answer.collectives}
     return [(kind, shade) for kind, shade in charts.KINDS.items() if kind in found]
 
 

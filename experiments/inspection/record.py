@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from experiments.inspection.answer import Answer
+from experiments.inspection.difference import Comparison
 from experiments.report.record import Provenance
 
 SCHEMA = 1
@@ -54,6 +55,28 @@ def one(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "advice": [dataclasses.asdict(each) for each in a.advice],
         "warnings": list(a.warnings),
         "provenance": dataclasses.asdict(provenance),
+    }
+
+
+def two(found: Comparison, provenance: Provenance) -> dict[str, Any]:
+    """Returns two programs and what differs, as plain values."""
+    different = found.difference
+    return {
+        "schema": SCHEMA,
+        "figures": {f.name: [f.before, f.after] for f in different.figures},
+        "collectives": [
+            {
+                "verb": row.verb,
+                "before": dataclasses.asdict(row.before) if row.before else None,
+                "after": dataclasses.asdict(row.after) if row.after else None,
+            }
+            for row in different.collectives
+        ],
+        "lines": [dataclasses.asdict(line) for line in found.lines],
+        "advice_new": [dataclasses.asdict(each) for each in different.advice_new],
+        "advice_gone": [dataclasses.asdict(each) for each in different.advice_gone],
+        "before": one(found.before, provenance),
+        "after": one(found.after, provenance),
     }
 
 

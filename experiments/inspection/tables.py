@@ -57,6 +57,11 @@ def size(value: float) -> str:
     return f"{value:,.0f} B" if abs(value) < 1000 else units.bytes_(value)
 
 
+def count(value: float) -> str:
+    """Returns a number of operations; below 1000 exactly."""
+    return f"{value:,.0f}" if abs(value) < 1000 else units.count(value)
+
+
 def collectives(answer: Answer, limit: int | None = None) -> Table:
     """Returns one row for each collective, those that send most first."""
     rows = sorted(answer.collectives, key=lambda row: -row.wire_bytes)
@@ -103,7 +108,7 @@ def _bound(answer: Answer, row: Bound) -> tuple[Cell, ...]:
         Cell(text=LIMITS[row.limit], mark=row.limit),
         Cell(text=names.printable(row.opcode)),
         Cell(text=_count(row), order=row.count),
-        Cell(text=units.count(row.flops) if row.flops else "-", order=row.flops),
+        Cell(text=count(row.flops) if row.flops else "-", order=row.flops),
         _bytes(row.hbm_bytes),
         Cell(text=_each_byte(row.flops_per_byte), order=row.flops_per_byte),
         *_where(row, row.name),
@@ -200,11 +205,11 @@ def dumps(answer: Answer) -> Table:
 def totals(answer: Answer) -> list[tuple[str, str, str]]:
     """Returns (name, figure, remark) of what one device does in one call."""
     a, memory = answer.analysis, answer.analysis.memory
-    matrix = f"{units.count(a.matmul_flops)} in matrix products"
+    matrix = f"{count(a.matmul_flops)} in matrix products"
     if a.xla_flops is not None:
-        matrix += f"; XLA says {units.count(a.xla_flops)}, loop bodies once"
+        matrix += f"; XLA says {count(a.xla_flops)}, loop bodies once"
     rows = [
-        ("FLOPs", units.count(a.flops), matrix),
+        ("FLOPs", count(a.flops), matrix),
         ("HBM traffic", size(a.hbm_bytes), _intensity(answer)),
         ("Sent", size(sum(a.wire_bytes.values())), _sent(answer)),
         ("Memory", size(memory.peak_bytes), "; ".join(_held(answer))),
@@ -217,11 +222,10 @@ def totals(answer: Answer) -> list[tuple[str, str, str]]:
     return rows
 
 
-def findings(answer: Answer, limit: int | None = None) -> list[Finding]:
+def grouped(advice: Sequence[Advice]) -> list[Finding]:
     """Returns what a person should look at; what is changed alike stands together."""
-    every = answer.analysis.advice
     found: dict[tuple[str, str], list[Advice]] = {}
-    for each in every[:limit]:
+    for each in advice:
         found.setdefault((each.kind, each.change), []).append(each)
     return [
         Finding(
@@ -232,6 +236,18 @@ def findings(answer: Answer, limit: int | None = None) -> list[Finding]:
             change=names.printable(change),
         )
         for (_, change), group in found.items()
+    ]
+
+
+def facts(answer: Answer) -> list[str]:
+    """Returns what the program is and where it is from, in a few words each."""
+    a = answer.analysis
+    mesh = " ".join(f"{name}={size}" for name, size in a.axes.items())
+    return [
+        names.printable(a.name),
+        f"{a.num_devices} devices" if a.num_devices > 1 else "1 device",
+        *([f"mesh {mesh}"] if mesh else []),
+        *map(names.printable, answer.subject.facts),
     ]
 
 

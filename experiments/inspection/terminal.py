@@ -3,14 +3,17 @@
 The only module here that prints, and only to the `rich.Console` it is given.
 """
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments.inspection import names, tables
+from experiments.inspection import difference, names, tables
 from experiments.inspection.answer import Answer
-from experiments.inspection.tables import Cell, Table
+from experiments.inspection.difference import Comparison
+from experiments.inspection.tables import Cell, Finding, Table
 from experiments.report import units
 
 _COLOURS = {
@@ -53,20 +56,52 @@ def show(console: Console, answer: Answer, top: int) -> None:
     warnings(console, answer)
 
 
+def show_difference(console: Console, found: Comparison, top: int) -> None:
+    """Prints what differs between two programs, at most `top` rows of a table."""
+    console.print()
+    console.rule(Text(found.title, style="bold"))
+    for label, answer in zip(("before", "after"), found.answers, strict=True):
+        console.print(Text(f"{label:>6}: {_facts(answer)}.", style="dim"))
+    if found.difference.is_same and not found.lines:
+        console.print("\nNothing differs.", style="bold")
+        return
+    section(console, "Totals", "of one device, one call")
+    table(console, difference.totals(found))
+    width = min(console.width, 100) - 8
+    longest_s = max(answer.time_s for answer in found.answers)
+    if longest_s:
+        console.print()
+        for label, answer in zip(("before", "after"), found.answers, strict=True):
+            room = round(width * answer.time_s / longest_s)
+            console.print(Text.assemble(f"{label:>6}  ", _pieces(answer, room)))
+        console.print(_legend(found.answers))
+    section(console, "Collectives that differ", "")
+    rows = difference.collectives(found, top)
+    if rows.rows:
+        table(console, rows)
+    else:
+        console.print("  none", style="dim")
+    rows = difference.lines(found, top)
+    if rows.rows:
+        section(console, "Lines responsible", f"by least time on {_chip(found.after)}")
+        table(console, rows)
+    for verb, advice_ in (
+        ("New to look at", found.difference.advice_new),
+        ("No more to look at", found.difference.advice_gone),
+    ):
+        if advice_:
+            section(console, verb, "")
+            _findings(console, tables.grouped(advice_[:_MOST_ADVICE]))
+    for answer in found.answers:
+        warnings(console, answer)
+
+
 def heading(console: Console, answer: Answer) -> None:
     """Prints what the program is and where it is from."""
-    a = answer.analysis
     console.print()
     console.rule(Text(names.printable(answer.subject.title), style="bold"))
-    mesh = " ".join(f"{name}={size}" for name, size in a.axes.items())
-    facts = [
-        names.printable(a.name),
-        f"{a.num_devices} devices" if a.num_devices > 1 else "1 device",
-        f"mesh {mesh}" if mesh else "",
-        *map(names.printable, answer.subject.facts),
-    ]
-    line = " · ".join(fact for fact in facts if fact)
-    console.print(Text(f"{line}. One device, one call.", style="dim"))
+    line = f"{_facts(answer)}. One device, one call."
+    console.print(Text(line, style="dim"))
     if answer.subject.dumps:
         section(console, "Programs", "--module chooses another")
         table(console, tables.dumps(answer))
@@ -83,19 +118,37 @@ def _totals(console: Console, answer: Answer) -> None:
         out.add_row(name, Text(figure, style="bold"), Text(remark, style="dim"))
     console.print(out)
     if answer.analysis.roofline and answer.time_s:
-        console.print(_bar(answer, min(console.width, 100)))
+        console.print(_pieces(answer, min(console.width, 100)))
+        console.print(_legend([answer]))
 
 
-def _bar(answer: Answer, width: int) -> Text:
+def _facts(answer: Answer) -> str:
+    return " · ".join(tables.facts(answer))
+
+
+def _pieces(answer: Answer, width: int) -> Text:
     """Returns the time bound as one bar, a colour for each limit."""
-    bar, legend = Text(), Text()
+    bar = Text()
     for limit, time_s in tables.by_limit(answer):
         if time_s:
-            share = time_s / answer.time_s
-            bar.append("█" * max(round(share * width), 1), _COLOURS[limit])
+            cells = max(round(time_s / answer.time_s * width), 1)
+            bar.append("█" * cells, _COLOURS[limit])
+    return bar
+
+
+def _legend(answers: Sequence[Answer]) -> Text:
+    """Returns what the colours of bars mean, with the shares of each bar."""
+    legend = Text()
+    times = [dict(tables.by_limit(answer)) for answer in answers]
+    for limit, name in tables.LIMITS.items():
+        if any(time[limit] for time in times):
+            shares = [
+                units.percent(time[limit] / answer.time_s) if answer.time_s else "-"
+                for time, answer in zip(times, answers, strict=True)
+            ]
             legend.append("■ ", _COLOURS[limit])
-            legend.append(f"{tables.LIMITS[limit]} {units.percent(share)}   ", "dim")
-    return Text.assemble(bar, "\n", legend)
+            legend.append(f"{name} {' → '.join(shares)}   ", "dim")
+    return legend
 
 
 def section(console: Console, name: str, remark: str) -> None:
@@ -106,21 +159,24 @@ def section(console: Console, name: str, remark: str) -> None:
 
 def advice(console: Console, answer: Answer) -> None:
     """Prints what a person should look at, the largest first."""
-    found = tables.findings(answer, _MOST_ADVICE)
-    if not found:
-        return
-    section(console, "Look at", "most bytes first")
+    every = answer.analysis.advice
+    if every:
+        section(console, "Look at", "most bytes first")
+        _findings(console, tables.grouped(every[:_MOST_ADVICE]))
+    if (left := len(every) - _MOST_ADVICE) > 0:
+        console.print(f"  and {left} smaller", style="dim")
+
+
+def _findings(console: Console, found: Sequence[Finding]) -> None:
     for number, each in enumerate(found, start=1):
         for k, (what, source, evidence) in enumerate(each.places):
-            place = (f"  {source}", "cyan")
             label = "" if k else f"{number}."
+            place = (f"  {source}", "cyan")
             console.print(Text.assemble(f"{label:>3} ", (what, "bold"), place))
             if evidence:
                 console.print(Padding(Text(evidence, "dim"), (0, 0, 0, 4)))
         if each.change:
             console.print(Padding(Text(f"→ {each.change}"), (0, 0, 0, 4)))
-    if (left := len(answer.analysis.advice) - _MOST_ADVICE) > 0:
-        console.print(f"  and {left} smaller", style="dim")
 
 
 def warnings(console: Console, answer: Answer) -> None:
