@@ -22,7 +22,7 @@ _COLOURS = {
 }  # fmt: skip
 # Columns whose text is cut from the left, and those to go without, first ones first.
 _PATHS = ("operation", "array", "inside", "instruction")
-_DISPENSABLE = ("instruction", "FLOPs/B", "total", "HBM", "FLOPs")
+_DISPENSABLE = ("instruction", "FLOPs/B", "total", "HBM", "FLOPs", "each", "loop")
 _SETS = ("axis",)  # may be sets of devices, whose beginning says most
 _SET_WIDTH = 20
 _LEAST = 24  # characters of a path, if it has as many
