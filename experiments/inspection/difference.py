@@ -158,6 +158,7 @@ def collectives(found: Comparison, limit: int | None = None) -> Table:
         columns=columns,
         rows=tuple(map(_changed, rows[:limit])),
         figures=frozenset(["count", "each", "wire"]),
+        dispensable=("each", "loop"),
         left_out=len(rows[limit:]) if limit else 0,
     )
 
@@ -188,6 +189,7 @@ def lines(found: Comparison, limit: int | None = None) -> Table:
         columns=columns,
         rows=tuple(map(_line, rows[:limit])),
         figures=frozenset(columns[:5]),
+        dispensable=("HBM", "FLOPs"),
         left_out=len(rows[limit:]) if limit else 0,
     )
 

@@ -31,11 +31,18 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells under names; `figures` are the columns to align right."""
+    """Rows of cells under names.
+
+    Attributes:
+      figures: columns to align right.
+      dispensable: columns that a narrow place goes without, the first one first.
+      left_out: rows that there are besides.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     figures: frozenset[str] = frozenset()
+    dispensable: tuple[str, ...] = ()
     left_out: int = 0
 
 
@@ -70,6 +77,7 @@ def collectives(answer: Answer, limit: int | None = None) -> Table:
         columns=(*columns, "line", "loop", "operation"),
         rows=tuple(_collective(answer, row) for row in rows[:limit]),
         figures=_FIGURES,
+        dispensable=("total", "each", "loop"),
         left_out=len(rows[limit:]) if limit else 0,
     )
 
@@ -96,6 +104,7 @@ def instructions(answer: Answer, limit: int | None = None) -> Table:
         columns=(*columns, "line", "loop", "operation", "instruction"),
         rows=tuple(_bound(answer, row) for row in rows[:limit]),
         figures=_FIGURES,
+        dispensable=("instruction", "FLOPs/B", "FLOPs", "HBM", "loop"),
         left_out=len(rows[limit:]) if limit else 0,
     )
 
@@ -131,6 +140,7 @@ def buffers(answer: Answer, limit: int | None = None) -> Table:
         columns=columns,
         rows=tuple(_buffer(rows) for rows in every[:limit]),
         figures=_FIGURES,
+        dispensable=("each", "count"),
         left_out=len(every[limit:]) if limit else 0,
     )
 

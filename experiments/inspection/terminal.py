@@ -20,12 +20,11 @@ _COLOURS = {
     "compute": "blue", "hbm": "cyan", "links": "magenta", "latency": "yellow",
     "added": "red", "removed": "green",
 }  # fmt: skip
-# Columns whose text is cut from the left, and those to go without, first ones first.
-_PATHS = ("operation", "array", "inside", "instruction")
-_DISPENSABLE = ("instruction", "FLOPs/B", "total", "HBM", "FLOPs", "each", "loop")
-_SETS = ("axis",)  # may be sets of devices, whose beginning says most
-_SET_WIDTH = 20
-_LEAST = 24  # characters of a path, if it has as many
+# Columns whose text is cut from the left where there is no room.
+_PATHS = ("operation", "inside", "instruction")
+# Columns that are never wider; of sets of devices the beginning says most.
+_WIDEST = {"axis": 20, "array": 26, "line": 24, "program": 60}
+_LEAST = 20  # characters of a path, if it has as many
 _GAP = 2
 _MOST_ADVICE = 8
 
@@ -210,7 +209,7 @@ def table(console: Console, content: Table) -> None:
 
 def _cell(cell: Cell, width: int, column: str) -> Text:
     text = cell.text
-    if column in _SETS and len(text) > width:
+    if column == "axis" and len(text) > width:
         text = f"{text[: width - 1]}…"
     return Text(names.tail(text, width), _COLOURS.get(cell.mark, ""))
 
@@ -222,10 +221,9 @@ def _columns(content: Table, width: int) -> dict[int, int]:
         for i, name in enumerate(content.columns)
         if any(row[i].text.strip("-") for row in content.rows)
     }
-    for i in wanted:
-        if content.columns[i] in _SETS:
-            wanted[i] = min(wanted[i], _SET_WIDTH)
-    dispensable = list(_DISPENSABLE)
+    for i, size in wanted.items():
+        wanted[i] = min(size, _WIDEST.get(content.columns[i], size))
+    dispensable = list(content.dispensable)
     while True:
         paths = [i for i in wanted if content.columns[i] in _PATHS]
         rest = sum(wanted[i] for i in wanted if i not in paths)
