@@ -111,8 +111,8 @@ def find(path: pathlib.Path) -> File:
         found = path.stat()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot open {quoted(str(path))}: {error}. Weights are read from files"
-            " that exist. Correct the path."
+            f"cannot open {quoted(str(path))}: {_why(error)}. Weights are read from"
+            " files that exist. Correct the path."
         ) from error
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(
@@ -143,8 +143,8 @@ def member(folder: pathlib.Path, name: str) -> File:
         home, real = folder.resolve(), (folder / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # loops of links, odd names
         raise ValueError(
-            f"cannot read {quoted(name)} of {folder}: {error}. Files of a checkpoint"
-            " lie side by side. Correct the link or the index."
+            f"cannot read {quoted(name)} of {folder}: {_why(error)}. Files of a"
+            " checkpoint lie side by side. Correct the link or the index."
         ) from error
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and real.parent != blobs:
@@ -192,6 +192,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return fields
+
+
+def _why(error: Exception) -> str:
+    """Returns what went wrong, without the path, which may be of any length."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)[:160]
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

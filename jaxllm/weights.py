@@ -240,7 +240,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         architecture than `ModelConfig` can say.
     """
     where = pathlib.Path(path)
-    if where.is_dir():
+    if os.path.isdir(where):  # whatever the path is made of
         return _open_folder(where)
     file = files.find(where)
     if not gguf_file.is_gguf(file):
