@@ -57,6 +57,19 @@ ADD = """
          '(f32[2,2], s32[2,2]) custom-call(%a), custom_call_target="TopK"', 16 * 2),
         (["f32[2,6,6]"], 'f32[2,6,6] custom-call(%a), custom_call_target="Cholesky"',
          2 * 6**3 // 3),
+        (["f32[2,6,6]"], '(f32[2,6,6], f32[2,6], s32[2]) custom-call(%a),'
+         ' custom_call_target="lapack_ssyevd_ffi"', 2 * 9 * 6**3),
+        (["f32[2,3,3]"] * 4, '(f32[2,3], f32[2,3], f32[2,3,3], f32[2,3,3], f32[2,3,3],'
+         ' f32[2,3,3]) custom-call(%a, %b, %c, %d), custom_call_target="EighTpu"',
+         2 * 9 * 6**3),  # four quarters
+        (["f32[2,6,4]"], '(f32[2,6,4], f32[2,4]) custom-call(%a),'
+         ' custom_call_target="QrDecompositionBlock"', 2 * 2 * 4**2 * (3 * 6 - 4) // 3),
+        (["f32[2,4,6]"], '(f32[2,4,6], f32[2,4], s32[2]) custom-call(%a),'
+         ' custom_call_target="cusolver_gesvd_ffi"', 2 * 4 * 4 * (14 * 6 + 8 * 4)),
+        (["f32[6,4]", "f32[4]", "f32[6,5]"], 'f32[6,5] custom-call(%a, %b, %c),'
+         ' custom_call_target="lapack_sormqr_ffi"', 5 * 2 * 4 * (2 * 6 - 4)),
+        (["f32[8]"], 'f32[3] custom-call(%a),'
+         ' custom_call_target="xla_ffi_python_cpu_callback"', 0),
         (["f32[8]"], '() custom-call(%a), custom_call_target="Sharding"', 0),
     ],
 )  # fmt: skip

@@ -134,12 +134,13 @@ def test_causal_blocks(name: str) -> None:
 
 def test_gathers_that_run_beside_products_count_once() -> None:
     ledger = _ledger("gathered.v5e.jax0.12")
-    # 4 weights, gathered once and kept for the gradients; 4 gradients in one sum.
+    # 4 weights, gathered once and kept for the gradients; 4 gradients in one sum of
+    # which each device keeps its part, in a fusion of all-reduce and 4 slices.
     # Two of the gathers are spread over chains of fusions with products in them.
     weight = 2048 * D * 2
     assert _rows(ledger) == {
         ("data", "all-gather"): (4, weight, 4 * weight * 7 // 8, 8),
-        ("data", "all-reduce"): (1, 4 * weight, 2 * 4 * weight * 7 // 8, 8),
+        ("data", "reduce-scatter"): (1, 4 * weight, 4 * weight * 7 // 8, 8),
     }
     # 4 products forward, 8 backward, less the gradient of the input.
     assert ledger.matmul_flops == 11 * 2 * (4096 // 8) * D * 2048
@@ -276,3 +277,136 @@ ENTRY %e (p: pred[], x: f32[8]) -> f32[8] {
     ledger = read_ledger(text)
     assert (ledger.flops, ledger.hbm_bytes) == (8, 64)
     assert ledger.warnings == ("c is a conditional; its costliest branch is counted.",)
+
+
+STEPS = """\
+HloModule m, num_partitions=2
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+%send (t: (f32[64])) -> (f32[64]) {
+  %t = (f32[64]) parameter(0)
+  %x = f32[64] get-tuple-element(%t), index=0
+  %y = f32[64] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %u = (f32[64]) tuple(%y)
+}
+%keep (t: (f32[64])) -> (f32[64]) {
+  %t = (f32[64]) parameter(0)
+  %x = f32[64] get-tuple-element(%t), index=0
+  %wide = f32[64,99] broadcast(%x), dimensions={0}
+  %y = f32[64] slice(%wide), slice={[0:64], [0:1]}
+  ROOT %u = (f32[64]) tuple(%y)
+}
+%body (c: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %c = (s32[], f32[64]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[64] get-tuple-element(%c), index=1
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  %four = s32[] constant(4)
+  %seed = s32[] rng(%one, %four), distribution=rng_uniform
+  %p = pred[] compare(%j, %four), direction=LT
+  %q = pred[] compare(%j, %seed), direction=LT
+  %t = (f32[64]) tuple(%x)
+  %z = (f32[64]) conditional(CHOICE, %t, %t), BRANCHES
+  %y = f32[64] get-tuple-element(%z), index=0
+  ROOT %r = (s32[], f32[64]) tuple(%j, %y)
+}
+%test (c: (s32[], f32[64])) -> pred[] {
+  %c = (s32[], f32[64]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %four = s32[] constant(4)
+  ROOT %p = pred[] compare(%i, %four), direction=LT
+}
+ENTRY %main (x: f32[64]) -> (s32[], f32[64]) {
+  %x = f32[64] parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[64]) tuple(%zero, %x)
+  ROOT %w = (s32[], f32[64]) while(%t), condition=%test, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("choice", "branches", "sent"),
+    [
+        # The last of 4 turns sends nothing, as in XLA's windowed products.
+        ("%p", "true_computation=%send, false_computation=%keep", 3),
+        ("%p", "branch_computations={%keep, %send}", 1),
+        # Counter 0 1 2 3 among 2 branches: all but the first take the last.
+        ("%i", "branch_computations={%keep, %send}", 3),
+        ("%i", "branch_computations={%send, %keep}", 1),
+    ],
+)
+def test_a_conditional_on_the_counter_takes_the_branches_it_takes(
+    choice: str, branches: str, sent: int
+) -> None:
+    text = STEPS.replace("CHOICE", choice).replace("BRANCHES", branches)
+    ledger = read_ledger(text, {"x": 2})
+    assert [(c.kind, c.count) for c in ledger.collectives] == [("permute", sent)]
+    copies = [c.count for c in ledger.costs if c.name == "y"]
+    assert (copies, ledger.warnings) == ([4 - sent], ())
+
+
+def test_a_branch_that_is_left_out_says_what_it_sends() -> None:
+    """The dear branch is counted, but no collective is dropped in silence."""
+    branches = "branch_computations={%keep, %send}"
+    text = STEPS.replace("CHOICE", "%q").replace("BRANCHES", branches)
+    ledger = read_ledger(text, {"x": 2})
+    assert not ledger.collectives
+    assert "leaves out permute over x" in ledger.warnings[0]
+
+
+def test_a_scatter_of_several_results_keeps_a_slice_of_each() -> None:
+    tuple_of = "(f32[8], f32[6]) all-reduce(%a, %b), " + GROUPS + ", to_apply=%add"
+    body = f"""
+%both (a: f32[8], b: f32[6], i: s32[]) -> (f32[4], f32[3]) {{
+  %a = f32[8] parameter(0)
+  %b = f32[6] parameter(1)
+  %i = s32[] parameter(2)
+  %all = {tuple_of}
+  %x = f32[8] get-tuple-element(%all), index=0
+  %y = f32[6] get-tuple-element(%all), index=1
+  %c = f32[4] dynamic-slice(%x, %i), dynamic_slice_sizes={{4}}
+  %d = f32[3] dynamic-slice(%y, %i), dynamic_slice_sizes={{3}}
+  ROOT %t = (f32[4], f32[3]) tuple(%c, %d)
+}}
+"""
+    line = "(f32[4], f32[3]) fusion(%a, %b, %c), kind=kCustom, calls=%both"
+    shapes = "f32[8] f32[6] s32[]"
+    assert _collectives(line, body, shapes) == [("y", "reduce-scatter", 56, 28, 2)]
+    # One of them kept whole: a reduction.
+    kept = body.replace("tuple(%c, %d)", "tuple(%c, %y)").replace("f32[3])", "f32[6])")
+    assert _collectives(line, kept, shapes) == [("y", "all-reduce", 56, 56, 2)]
+
+
+def test_a_gathered_argument_gets_the_line_of_its_first_user() -> None:
+    text = """HloModule m, num_partitions=2
+
+FileNames
+1 "/home/me/model.py"
+
+FileLocations
+1 {file_name_id=1 line=12}
+2 {file_name_id=1 line=34}
+
+StackFrames
+1 {file_location_id=1}
+2 {file_location_id=2}
+
+ENTRY %e (w: f32[4]) -> f32[8] {
+  %w = f32[4] parameter(0), metadata={op_name="w"}
+  %g = f32[8] all-gather(%w), replica_groups={{0,1}}, dimensions={0}, METADATA
+  %b = f32[8] bitcast(%g)
+  %s = f32[8] sine(%b), metadata={op_name="jit(f)/sin" stack_frame_id=2}
+  ROOT %t = f32[8] cosine(%s), metadata={op_name="jit(f)/cos" stack_frame_id=1}
+}
+"""
+    for metadata, source in (
+        ('metadata={op_name="w"}', "model.py:34"),
+        ('metadata={op_name="w" stack_frame_id=1}', "model.py:12"),
+    ):
+        (row,) = read_ledger(text.replace("METADATA", metadata)).collectives
+        assert (row.op_name, row.source) == ("w", source)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sharding.hlo import Shape, parse_shape, read_module
+from sharding.hlo import Shape, parse_shape, read_ledger, read_module
 from sharding.hlo.reader import attributes, read_instruction
 from sharding.hlo.source import read_sources
 
@@ -146,3 +146,34 @@ def test_time_grows_with_the_text() -> None:
         return time.process_time() - start
 
     assert seconds(20_000) < 2  # 10,000 lines a second, on any machine
+
+
+@pytest.mark.parametrize(
+    ("printed", "name"),
+    [
+        (r"a \"b\" <script>alert(1)</script>", 'a "b" <script>alert(1)</script>'),
+        (r"na\303\257ve \342\200\250 x", "na\u00efve \u2028 x"),
+        (
+            r"it\'s {x=[1} \\ calls=%no, stack_frame_id=7",
+            "it's {x=[1} \\ calls=%no, stack_frame_id=7",
+        ),
+        (r"tab\tline\n", "tab\tline\n"),
+        ("caf\u00e9 \u2028 \x85 \x1c raw", "caf\u00e9 \u2028 \x85 \x1c raw"),
+        (r"\377 is no character", "\ufffd is no character"),
+    ],
+)
+def test_odd_characters_in_names_survive(printed: str, name: str) -> None:
+    text = f"""HloModule m
+ENTRY %e (x: f32[8]) -> f32[8] {{
+  %x = f32[8] parameter(0)
+  ROOT %s = f32[8] sine(%x), metadata={{op_name="{printed}" stack_frame_id=3}}
+}}
+"""
+    (cost,) = read_ledger(text).costs
+    assert (cost.name, cost.op_name, cost.flops) == ("s", name, 8)
+
+
+def test_windows_line_ends() -> None:
+    text = "HloModule m\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] constant(1)\n}\n"
+    text = text.replace("\n", "\r\n")
+    assert read_module(text).entry.root.literal == "1"

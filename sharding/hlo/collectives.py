@@ -159,22 +159,31 @@ class CollectiveFinder:
     def _is_scatter(
         self, instruction: Instruction, computation: Computation, group_size: int
     ) -> bool:
-        """Whether only this device's slice of an all-reduce is kept."""
+        """Whether only this device's slice of each result of an all-reduce is kept."""
         if computation is self._module.entry or group_size < 2:
             return False
-        names = {instruction.name}
-        whole = sum(leaf.size for leaf in instruction.shape.leaves)
-        sliced = False
+        sliced: set[int] = set()
+        # Leaf of the result that an instruction carries whole; None: all of them.
+        carries: dict[str, int | None] = {instruction.name: None}
+        if instruction.shape.dtype != "tuple":
+            carries[instruction.name] = 0
         for i in computation.instructions:
-            if not names.intersection(i.operands):
+            if carries.keys().isdisjoint(i.operands):
                 continue
-            if i.opcode in _RECUTS:
-                names.add(i.name)
-            elif i.opcode == "dynamic-slice" and i.shape.size * group_size == whole:
-                sliced = True
+            leaf = carries.get(i.operands[0])
+            if i.opcode == "get-tuple-element" and leaf is None:
+                carries[i.name] = int(i.require("index"))
+            elif i.opcode in _RECUTS and leaf is not None:
+                carries[i.name] = leaf
+            elif i.opcode == "dynamic-slice" and leaf is not None:
+                whole = instruction.shape.leaves[leaf].size
+                if i.shape.size * group_size != whole:
+                    return False
+                sliced.add(leaf)
             else:
                 return False
-        return sliced and computation.root.name not in names
+        every = len(sliced) == len(instruction.shape.leaves)
+        return every and computation.root.name not in carries
 
 
 def _has_call(computation: Computation, target: str) -> bool:

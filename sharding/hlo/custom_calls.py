@@ -25,11 +25,16 @@ FREE_TARGETS = frozenset([
     "xla.sdy.GlobalToLocalShape", "xla.sdy.LocalToGlobalShape",
 ])  # fmt: skip
 
-# Bytes move, nothing is computed.
+# Bytes move, nothing is computed by the device: a callback is the host's work.
 MOVE_TARGETS = frozenset([
     "GatherScatterIndicesBitpacked", "MoveToDevice", "MoveToHost", "PadRealToStatic",
     "PadToStatic", "PinToDevice", "PinToDeviceSram", "PinToHost", "SliceToDynamic",
     "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop",
+    "cu_lu_pivots_to_permutation", "dce_sink_gpu_ffi", "xla_buffer_python_cpu_callback",
+    "xla_buffer_python_gpu_callback",
+    "xla_ffi_partitioned_python_cpu_callback",
+    "xla_ffi_partitioned_python_gpu_callback", "xla_ffi_python_cpu_callback",
+    "xla_ffi_python_gpu_callback",
 ])  # fmt: skip
 
 _GEMM = re.compile(
@@ -38,11 +43,23 @@ _GEMM = re.compile(
 _FMHA = re.compile(r"__cudnn\$fmha\w*")
 _FACTOR = re.compile(
     r"(?P<cholesky>Cholesky|InvertDiagBlocks\w+|lapack_[sdcz]potrf_ffi|cusolver_potrf_ffi)"
-    r"|(?P<lu>LuDecomposition|lapack_[sdcz]getrf_ffi|cusolver_getrf_ffi)"
-    r"|(?P<qr>Qr|lapack_[sdcz](?:geqrf|orgqr|ungqr)_ffi|cusolver_(?:geqrf|orgqr)_ffi"
-    r"|ProductOfElementaryHouseholderReflectors)"
+    r"|(?P<lu>LuDecomposition\w*|lapack_[sdcz]getrf_ffi|cusolver_getrf_ffi)"
+    r"|(?P<qr>Qr|QrDecompositionBlock|lapack_[sdcz](?:geqrf|geqp3|orgqr|ungqr)_ffi"
+    r"|cusolver_(?:geqrf|orgqr)_ffi|ProductOfElementaryHouseholderReflectors)"
+    r"|(?P<eigh>EighTpu|lapack_[sdcz](?:syevd|heevd)_ffi|cusolver_syevd_ffi)"
+    r"|(?P<tridiagonal>lapack_[sdcz](?:sytrd|hetrd)_ffi|cusolver_sytrd_ffi)"
+    r"|(?P<eig>lapack_[sdcz](?:geev|gees)_ffi|cusolver_geev_ffi)"
+    r"|(?P<hessenberg>lapack_[sdcz]gehrd_ffi)"
+    r"|(?P<svd>lapack_[sdcz](?:gesdd|gesvd)_ffi|cusolver_gesvd[jp]?_ffi)"
+    r"|(?P<times_q>lapack_[sdcz](?:ormqr|unmqr)_ffi|cusolver_ormqr_ffi)"
     r"|(?P<solve>TriangularSolve|__cublas\$triangularSolve|lapack_[sdcz]trsm_ffi|blas_[sdcz]trsm)"
 )
+# n^3 of a square matrix, by Golub and Van Loan, Matrix Computations, 4th edition:
+# eigenvalues and vectors (8.3.5), and a tridiagonal (8.3.1), of a symmetric matrix;
+# the real Schur form (7.5.6) and Hessenberg form (7.4.3) of any other.
+_SQUARE = {"eigh": 9, "tridiagonal": 4 / 3, "eig": 25, "hessenberg": 10 / 3}
+# Operations for each element, as of a mean, a variance, a difference and a quotient.
+_PER_ELEMENT = {"__cudnn$norm": 8, "__onednn$layernorm": 8, "__onednn$softmax": 5}
 _KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton")
 
 
@@ -95,7 +112,7 @@ def custom_call_flops(
     if name in FREE_TARGETS or name in MOVE_TARGETS:
         return 0, 0
     out = instruction.shape.leaves[0]
-    op_name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    op_name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.rest)
     for key in (name, op_name[1].rpartition("/")[2] if op_name else ""):
         if key in kernels:
             return kernels[key], kernels[key]
@@ -108,6 +125,8 @@ def custom_call_flops(
     if name in ("TopK", "__gpu$TopK", "PartialReduce"):
         depth = max(out.dims[-1].bit_length(), 1)  # n log2 k
         return operands[0].size * depth, 0
+    if name in _PER_ELEMENT:
+        return operands[0].size * _PER_ELEMENT[name], 0
     if match := _FACTOR.fullmatch(name):
         return _factorisation(match.lastgroup or "", operands), 0
     if name == "tpu_custom_call" and instruction.name.startswith("ragged-dot-metadata"):
@@ -128,12 +147,20 @@ def _factorisation(kind: str, operands: list[Shape]) -> int:
     """Returns FLOPs as in Golub and Van Loan, Matrix Computations, 4th edition."""
     first = operands[0]
     rows, columns = first.dims[-2:]
+    long, short = max(rows, columns), min(rows, columns)
+    if kind == "eigh" and len(operands) == 4:  # TPU passes the quarters of the matrix
+        return int(_SQUARE[kind] * first.size * columns * 8)
+    if kind in _SQUARE:
+        return int(_SQUARE[kind] * first.size * columns)
+    if kind == "svd":  # 14 m n^2 + 8 n^3, section 8.6.3
+        return first.size // long * short * (14 * long + 8 * short)
+    if kind == "times_q":  # 2 n k (2 m - k) for k reflections of n columns, 5.1.6
+        return operands[-1].size // rows * 2 * columns * (2 * rows - columns)
     if kind == "cholesky":  # n^3 / 3, section 4.2; so is a triangle's inverse
         return first.size * columns // 3
     if kind == "lu":  # 2 n^3 / 3, section 3.2
         return first.size * 2 * columns // 3
     if kind == "qr":  # 2 n^2 (m - n / 3) of the longer and shorter side, section 5.2
-        long, short = max(rows, columns), min(rows, columns)
         return first.size // long * 2 * short * (3 * long - short) // 3
     return operands[1].size * columns  # n^2 for each right-hand side, section 3.1
 

@@ -3,9 +3,10 @@
     ledger = read_ledger(compiled.as_text(), {"data": 1, "stage": 2, "tensor": 4})
     ledger.flops, ledger.hbm_bytes, ledger.by_axis()
 
-Every loop is multiplied by its trip count. A conditional counts as its
-costliest branch, a loop whose length depends on data as one iteration: its rows are
-marked `per_iteration`, and `warnings` says so.
+Every loop is multiplied by its trip count. A conditional on a loop's counter takes
+the branches it takes, one on data counts as its costliest branch; a loop whose length
+depends on data counts as one iteration: its rows are marked `per_iteration`.
+`warnings` says where that is so.
 Anything the reader does not understand is a ValueError that ends with the
 instruction's text.
 """
@@ -19,7 +20,7 @@ from sharding.hlo.collectives import CollectiveFinder, Found
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.groups import AxisNamer
 from sharding.hlo.loops import Loop as Loop
-from sharding.hlo.loops import Scope, call_args, enter_loop
+from sharding.hlo.loops import Scope, call_args, enter_branches, enter_loop
 from sharding.hlo.opcodes import FREE, TRANSFERS, base_opcode
 from sharding.hlo.reader import Computation, Instruction, Module, read_module
 from sharding.hlo.records import Collective as Collective
@@ -29,8 +30,10 @@ from sharding.hlo.source import read_sources
 from sharding.hlo.traffic import TrafficCounter
 
 # To choose the costliest branch of a conditional: FLOPs that take as long as a
-# byte, near H100's 989e12 / 3.35e12 and v5p's 459e12 / 2.77e12.
+# byte, near H100's 989e12 / 3.35e12 and v5p's 459e12 / 2.77e12; and bytes of HBM that
+# take as long as one on a link, near H100's 3.35e12 / 450e9 and v5p's 2.77e12 / 300e9.
 _FLOPS_PER_BYTE = 256
+_HBM_BYTES_PER_WIRE_BYTE = 8
 
 
 def read_ledger(
@@ -95,7 +98,13 @@ class _Tally:
         work = sum(
             c.count * (c.hbm_bytes + c.flops / _FLOPS_PER_BYTE) for c in self.costs
         )
-        return work + sum(count * f.wire_bytes for f, count, *_ in self.found)
+        sent = sum(count * f.wire_bytes for f, count, *_ in self.found)
+        return work + _HBM_BYTES_PER_WIRE_BYTE * sent
+
+    @property
+    def sends(self) -> set[tuple[str, str]]:
+        """Axis and kind of what is sent."""
+        return {(found.axis, found.kind) for found, *_ in self.found}
 
 
 class _Walker:
@@ -175,9 +184,8 @@ class _Walker:
     ) -> None:
         for found in self._collectives.of(instruction, computation):
             if found.group_size > 1:
-                op_name, source = self._sources.of(found.instruction)
-                if not op_name:
-                    op_name, source = self._sources.of(instruction)
+                op_name, source = self._where(found.instruction, instruction)
+                source = source or self._sources.of_user(instruction, computation)
                 self._tally.found.append(
                     (found, scope.count, op_name, source, loop, scope.per_iteration)
                 )
@@ -200,6 +208,14 @@ class _Walker:
                     per_iteration=scope.per_iteration,
                 )
             )
+
+    def _where(self, inner: Instruction, outer: Instruction) -> tuple[str, str]:
+        """Returns where a collective is from, or else the fusion that it is in."""
+        op_name, source = self._sources.of(inner)
+        if inner is not outer and not (op_name and source):
+            outer_name, outer_source = self._sources.of(outer)
+            return op_name or outer_name, source or outer_source
+        return op_name, source
 
     def _enter(
         self,
@@ -263,18 +279,29 @@ class _Walker:
         ]
         if not names:
             raise ValueError(f"conditional without branches: {instruction}")
+        called = [self._module.computation(name, instruction) for name in names]
+        scopes = enter_branches(
+            self._module, computation, instruction, scope, len(called)
+        )
+        if scopes:
+            for branch, inner in zip(called, scopes, strict=True):
+                self.walk(branch, inner, loop)
+            return
         outer, branches = self._tally, []
-        for index, name in enumerate(names):
+        for index, branch in enumerate(called):
             self._tally = _Tally()
-            branch = self._module.computation(name, instruction)
             operand = instruction.operands[1 + index : 2 + index]
             self._enter(branch, operand, computation, scope, loop)
             branches.append(self._tally)
         self._tally = outer
-        self._tally.add(max(branches, key=lambda branch: branch.weight))
-        if len({branch.weight for branch in branches}) > 1:
+        costliest = max(branches, key=lambda branch: branch.weight)
+        self._tally.add(costliest)
+        left_out = set().union(*(b.sends for b in branches)) - costliest.sends
+        if left_out or len({branch.weight for branch in branches}) > 1:
+            sends = ", ".join(f"{kind} over {axis}" for axis, kind in sorted(left_out))
             self._tally.warnings.append(
-                f"{instruction.name} is a conditional; its costliest branch is counted."
+                f"{instruction.name} is a conditional; its costliest branch is counted"
+                + (f", which leaves out {sends}." if sends else ".")
             )
 
     def _transfer(self, instruction: Instruction) -> None:

@@ -183,6 +183,49 @@ def call_args(
     return tuple(follow.expression(computation, name, scope.args) for name in operands)
 
 
+def enter_branches(
+    module: Module,
+    computation: Computation,
+    conditional: Instruction,
+    scope: Scope,
+    number: int,
+) -> tuple[Scope, ...] | None:
+    """Returns the scope of each branch, or None where data decides between them.
+
+    XLA puts what only the first or last iteration of a loop does into a conditional
+    on its counter.
+
+    Args:
+      module: the program.
+      computation: where `conditional` stands.
+      conditional: the instruction.
+      scope: of `computation`.
+      number: of branches; the first of two is taken when a predicate is true.
+    """
+    follow = _Follower(module)
+    chooser = conditional.operands[0]
+    choice = follow.expression(computation, chooser, scope.args)
+    taken: list[list[State]] = [[] for _ in range(number)]
+    is_predicate = computation.by_name[chooser].shape.dtype == "pred"
+    for state in scope.states:
+        value = evaluate(choice, state)
+        if not isinstance(value, int):
+            return None
+        index = 1 - bool(value) if is_predicate else value
+        taken[index if 0 <= index < number else -1].append(state)
+    return tuple(
+        dataclasses.replace(
+            scope,
+            args=call_args(
+                module, computation, conditional.operands[1 + k : 2 + k], scope
+            ),
+            states=tuple(states),
+            count=round(scope.count * len(states) / len(scope.states)),
+        )
+        for k, states in enumerate(taken)
+    )
+
+
 def _run(
     first: tuple[Expression, ...],
     step: tuple[Expression, ...],

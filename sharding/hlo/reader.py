@@ -16,11 +16,19 @@ from collections.abc import Iterator
 
 from sharding.hlo.shapes import Shape, parse_shape
 
+# Most lines: [ROOT] %name = shape opcode(operands without brackets), attributes.
+_LINE = re.compile(
+    r"\s*+(?P<root>ROOT )?%?(?P<name>[^\s%=(]++) = "
+    r"(?P<shape>\((?:[^()\"]++|\([^()\"]*+\))*+\)|[^\s(\"][^\s\"]*+) "
+    r"(?P<opcode>[a-z][a-z0-9\-]*+)\((?P<inside>[^()\"]*+)\)(?P<rest>.*)"
+)
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _NAMES = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _PARENS = re.compile(r'"(?:[^"\\]|\\.)*"|[()]')
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]|,')
 _FLAT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}|"(?:[^"\\]|\\.)*"')
+_ESCAPES = re.compile(r"(?:\\[0-7]{3})+|\\(.)")
+_CONTROL = {"n": "\n", "t": "\t", "r": "\r"}
 _KEY = re.compile(r"\s*,?\s*([\w.\-]+)=")
 _NUM_PARTITIONS = re.compile(r"[ ,]num_partitions=(\d+)")
 _REPLICA_COUNT = re.compile(r"[ ,]replica_count=(\d+)")
@@ -93,6 +101,15 @@ class Computation:
         return {i.name: i for i in self.instructions}
 
     @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read each one, in order."""
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for name in dict.fromkeys(instruction.operands):
+                users.setdefault(name, []).append(instruction)
+        return users
+
+    @functools.cached_property
     def root(self) -> Instruction:
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
@@ -157,8 +174,17 @@ class Module:
 
 def attribute(rest: str, key: str) -> str | None:
     """Returns the value of `key` among top-level `, key=value` pairs, or None."""
-    if key + "=" not in rest:
+    at = rest.find(key + "=")
+    if at < 0:
         return None
+    before = rest[:at]
+    if (
+        before.endswith(", ")
+        and '"' not in before
+        and before.count("{") == before.count("}")
+    ):
+        start = at + len(key) + 1
+        return rest[start : _value_end(rest, start)].strip()
     for name, value in attributes(rest):
         if name == key:
             return value
@@ -191,10 +217,17 @@ def _value_end(text: str, start: int) -> int:
 
 
 def unquote(text: str) -> str:
-    """Returns `text` without its double quotes and backslash escapes."""
+    r"""Returns `text` without its double quotes and escapes: \" \n, \303\257 for ï."""
     if len(text) >= 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    return re.sub(r"\\(.)", r"\1", text) if "\\" in text else text
+    return _ESCAPES.sub(_unescape, text) if "\\" in text else text
+
+
+def _unescape(escape: re.Match[str]) -> str:
+    if escape[1]:
+        return _CONTROL.get(escape[1], escape[1])
+    octets = (int(octal, 8) & 255 for octal in escape[0].split("\\")[1:])
+    return bytes(octets).decode("utf-8", errors="replace")
 
 
 def _spell(shape: Shape) -> str:
@@ -210,6 +243,9 @@ def read_instruction(line: str) -> Instruction:
     Raises:
       ValueError: the line is no instruction.
     """
+    if plain := _LINE.fullmatch(line):
+        root, name, shape, opcode, inside, rest = plain.groups()
+        return _instruction(name, shape, opcode, inside, rest, root is not None, line)
     head, equals, tail = line.partition(" = ")
     found = _OPCODE.search(" " + tail)
     if not equals or not found:
@@ -223,7 +259,26 @@ def read_instruction(line: str) -> Instruction:
     if end < 0 or "(" in inside or '"' in inside:
         end = _closing(tail, start, line)
         inside = tail[start:end]
-    opcode = found[1]
+    return _instruction(
+        words[-1].lstrip("%"),
+        tail[: found.start()],
+        found[1],
+        inside,
+        tail[end + 1 :],
+        len(words) == 2,
+        line,
+    )
+
+
+def _instruction(
+    name: str,
+    shape: str,
+    opcode: str,
+    inside: str,
+    rest: str,
+    is_root: bool,
+    line: str,
+) -> Instruction:
     if opcode == "constant" or opcode == "parameter":
         operands: tuple[str, ...] = ()
     elif "%" in inside:
@@ -237,17 +292,17 @@ def read_instruction(line: str) -> Instruction:
             if part.strip()
         )
     try:
-        shape = parse_shape(tail[: found.start()])
+        parsed = parse_shape(shape)
     except ValueError as error:
         raise ValueError(f"{error} In instruction: {line.strip()}") from None
     return Instruction(
-        name=words[-1].lstrip("%"),
-        shape=shape,
+        name=name,
+        shape=parsed,
         opcode=opcode,
         operands=operands,
         literal=inside if len(inside) < 2000 else inside[:2000],
-        rest=tail[end + 1 :].rstrip(),
-        is_root=len(words) == 2,
+        rest=rest.rstrip(),
+        is_root=is_root,
     )
 
 
@@ -305,7 +360,8 @@ def read_module(text: str) -> Module:
     name: str | None = None
     is_entry = False
     body: list[Instruction] = []
-    for line in text.splitlines():
+    # Not splitlines: names may hold characters that it takes for the end of a line.
+    for line in text.replace("\r\n", "\n").split("\n"):
         if name is not None:
             if line.startswith("}"):
                 if not body:

@@ -21,7 +21,7 @@ class Collective:
         of it for permute and broadcast.
       group_size: n, devices that take part together.
       op_name: JAX's name of the operation, or "".
-      source: "file.py:123", or "".
+      source: "file.py:123", or ""; of the first user where it has no line itself.
       loop: enclosing loops, such as "while.5 x80", or "".
       per_iteration: one of these runs a number of times that depends on data, and
         `count` and bytes are for one iteration of it.

@@ -2,13 +2,14 @@
 
 New text points from `stack_frame_id` into tables at the head of the module; old
 text carries `source_file=` and `source_line=` itself. The innermost frame is
-named. Often that line is the consumer of a value, not what caused a collective.
+named. Often that line is the consumer of a value, not what caused a collective: a
+gathered argument has a name and no line, and gets that of the first that uses it.
 """
 
 import dataclasses
 import re
 
-from sharding.hlo.reader import Instruction, Module, unquote
+from sharding.hlo.reader import Computation, Instruction, Module, unquote
 
 _ROW = re.compile(r"\s*(\d+)\s+(.*)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -17,6 +18,7 @@ _SOURCE_FILE = re.compile(r'[{\s]source_file="((?:[^"\\]|\\.)*)"')
 _SOURCE_LINE = re.compile(r"[{\s]source_line=(\d+)")
 _FRAME = re.compile(r"[{\s]stack_frame_id=(\d+)")
 _FIELD = re.compile(r"(\w+)=(\d+)")
+_MAX_HOPS = 8  # from a value without a line to a user with one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,26 @@ class Sources:
             return "", ""
         found = _OP_NAME.search(metadata)
         op_name = unquote(found[1]) if found else ""
-        file = _SOURCE_FILE.search(metadata)
-        bare = _STRING.sub("", metadata)
+        bare = metadata[found.end() :] if found else metadata
+        file = None
+        if '"' in bare:
+            file = _SOURCE_FILE.search(metadata)
+            bare = _STRING.sub("", metadata)
         if frame := _FRAME.search(bare):
             return op_name, self.frames.get(int(frame[1]), "")
         line = _SOURCE_LINE.search(bare)
         return op_name, f"{_base(file[1])}:{line[1]}" if file and line else ""
+
+    def of_user(self, instruction: Instruction, computation: Computation) -> str:
+        """Returns the line of the nearest instruction after this one, or ""."""
+        reached = [instruction.name]
+        for _ in range(_MAX_HOPS):
+            users = [u for name in reached for u in computation.users.get(name, ())]
+            found = (self.of(user)[1] for user in users)
+            if line := next(filter(None, found), ""):
+                return line
+            reached = list(dict.fromkeys(user.name for user in users))
+        return ""
 
 
 def read_sources(module: Module) -> Sources:
