@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from jaxllm import config as config_lib
@@ -109,6 +110,7 @@ def _saved(path: pathlib.Path) -> Trained:
     # Only here: Orbax takes seconds to import.
     from sharding import checkpoint
 
+    logging.set_verbosity(logging.WARNING)  # it tells every array otherwise
     saved = checkpoint.open_saved(path)
     if "tokenizer" not in saved.extra:
         raise ValueError(
