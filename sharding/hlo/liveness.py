@@ -8,8 +8,9 @@ shares a buffer are those of XLA's buffer assignment:
     while                                        carries in place, through its body
     dynamic-update-slice, scatter, fusions       write into their operand
       that end in one, output_to_operand_aliasing
-    elementwise operations, all-reduce-start,    take over an operand of the same size
-      sort, fusions of the first                 and order that nothing reads later
+    elementwise operations, all-reduce-start     take over an operand of the same size
+      (on TPU all-reduce), sort, fusions of      and order that nothing reads later
+      the first
     conditional, call, async-start               write their results where the caller
                                                  wants them
 
@@ -20,12 +21,22 @@ nothing.
 """
 
 import dataclasses
+import functools
 import heapq
-import re
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from sharding.hlo.aliases import (
+    ELEMENTWISE_MOVES,
+    UPDATES,
+    branches,
+    elementwise_parameters,
+    input_output_alias,
+    leaf_at,
+    output_to_operand,
+    updated_parameters,
+)
 from sharding.hlo.footprint import minor_to_major, padded_bytes
-from sharding.hlo.opcodes import ELEMENTWISE
 from sharding.hlo.reader import Computation, Instruction, Module
 from sharding.hlo.shapes import Shape
 
@@ -34,10 +45,11 @@ _SAME = frozenset([
     "opt-barrier",
 ])  # fmt: skip
 _NOT_A_USE = frozenset(["bitcast", "get-tuple-element", "tuple"])
-_UPDATES = frozenset(["dynamic-update-slice", "scatter"])
-_ELEMENTWISE = ELEMENTWISE | {"bitcast-convert", "convert", "copy"}
-_TAKES_OVER = _ELEMENTWISE | {"all-reduce-start", "sort"}
-_ALIASING = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
+_TAKES_OVER = ELEMENTWISE_MOVES | {"all-reduce-start", "sort"}
+
+
+_LENT = 32  # outputs whose place is lent
+_LODGED = 4096  # temporaries that are considered for them
 
 
 class Value:
@@ -86,17 +98,31 @@ class Schedule:
     Attributes:
       values: every buffer made here.
       results: the buffers that the root's leaves lie in.
-      live_bytes: temporaries alive at each line, called computations included.
       calls: at lines that call others, the one that holds most.
     """
 
     computation: Computation
     values: tuple[Value, ...]
     results: tuple[Value, ...]
-    live_bytes: tuple[int, ...]
     calls: dict[int, "Schedule"]
 
-    @property
+    @functools.cached_property
+    def live_bytes(self) -> tuple[int, ...]:
+        """Temporaries alive at each line, called computations included."""
+        lines = len(self.computation.instructions)
+        change = [0] * (lines + 1)
+        for value in self.values:
+            if value.num_bytes and value.is_temporary:
+                change[value.born] += value.num_bytes
+                change[value.last + 1] -= value.num_bytes
+        alive = itertools.accumulate(change[:lines])
+        calls = self.calls
+        return tuple(
+            total + (calls[line].peak_bytes if line in calls else 0)
+            for line, total in enumerate(alive)
+        )
+
+    @functools.cached_property
     def peak_bytes(self) -> int:
         return max(self.live_bytes, default=0)
 
@@ -156,10 +182,7 @@ class _Follower:
         made: list[Value] = []
         calls: dict[int, Schedule] = {}
         shared: list[tuple[int, Value, Value]] = []  # line, taken, taken over by
-        offsets, at = {}, 0
-        for parameter in computation.parameters:
-            offsets[parameter.name] = at
-            at += len(parameter.shape.leaves)
+        offsets = _offsets(computation)
         for line, instruction in enumerate(computation.instructions):
             opcode = instruction.opcode
             try:
@@ -199,15 +222,12 @@ class _Follower:
             if free and id(new) not in settled and (is_entry or not new.is_result):
                 old.last = line - 1
                 settled.add(id(new))
-        if is_entry and not self._module.is_tpu:
-            _lend_outputs(made, results)
-        return Schedule(
-            computation=computation,
-            values=tuple(made),
-            results=results,
-            live_bytes=_live_bytes(computation, made, calls),
-            calls=calls,
+        schedule = Schedule(
+            computation=computation, values=tuple(made), results=results, calls=calls
         )
+        if is_entry and not self._module.is_tpu:
+            _lend_outputs(self._module, schedule)
+        return schedule
 
     def _make(
         self, instruction: Instruction, line: int, given: int = -1
@@ -248,7 +268,7 @@ class _Follower:
         opcode = instruction.opcode
         if opcode == "while":
             found[:] = operands[0]
-        elif opcode in _UPDATES and len(found) == 1:
+        elif opcode in UPDATES and len(found) == 1:
             found[0] = operands[0][0]
         elif opcode == "copy-start":
             found[1] = operands[0][0]
@@ -273,7 +293,7 @@ class _Follower:
                 for k, result in enumerate(branch.results):
                     if 0 <= result.given < len(given):
                         found[k] = given[result.given]
-        for output, number, index in aliasing(instruction):
+        for output, number, index in output_to_operand(instruction):
             place = leaf_at(instruction.shape, output)
             if number >= len(operands):
                 continue
@@ -306,7 +326,7 @@ class _Follower:
         if opcode == "fusion":
             called = self._module.computations[instruction.called("calls") or ""]
             numbers: Sequence[int] = sorted(self._fusion(called)[1])
-        elif opcode in _TAKES_OVER:
+        elif opcode in _TAKES_OVER or (opcode == "all-reduce" and self._module.is_tpu):
             numbers = range(len(operands))
         elif opcode == "custom-call" and "__cublas$" in instruction.rest:
             numbers = (2,)  # the matrix that is added to the product
@@ -328,10 +348,19 @@ class _Follower:
         """Returns result -> parameter it updates, and those read where written."""
         if called.name not in self._fusions:
             self._fusions[called.name] = (
-                _updated_parameters(called),
-                _elementwise_parameters(called),
+                updated_parameters(called),
+                elementwise_parameters(called),
             )
         return self._fusions[called.name]
+
+
+def _offsets(computation: Computation) -> dict[str, int]:
+    """Returns the first leaf of each parameter among those of all."""
+    offsets, at = {}, 0
+    for parameter in computation.parameters:
+        offsets[parameter.name] = at
+        at += len(parameter.shape.leaves)
+    return offsets
 
 
 def _renamed(
@@ -357,120 +386,60 @@ def _renamed(
     return operands[0]
 
 
-def leaf_at(shape: Shape, index: Sequence[int]) -> int:
-    """Returns which leaf of `shape` is the first at a tuple index."""
-    at = 0
-    for k in index:
-        at += _starts(shape)[k]
-        shape = shape.elements[k]
-    return at
-
-
-def _starts(shape: Shape) -> list[int]:
-    """Returns the first leaf of each element of a tuple."""
-    cached = shape.__dict__.get("_starts")
-    if cached is None:
-        cached, at = [], 0
-        for element in shape.elements:
-            cached.append(at)
-            at += len(element.leaves)
-        shape.__dict__["_starts"] = cached
-    return cached
-
-
-def _lend_outputs(made: list[Value], results: tuple[Value, ...]) -> None:
+def _lend_outputs(module: Module, schedule: Schedule) -> None:
     """Puts temporaries, the largest first, where outputs are yet to be written.
 
-    Outputs have their place from the start, and XLA:CPU and XLA:GPU use it.
+    An output has its place from the start; one that takes over a donated argument,
+    once that is read for the last time. XLA:CPU and XLA:GPU use it till then.
     """
-    outputs = {id(v): v for v in results if v.given < 0 and v.num_bytes}
+    if all(value.given >= 0 for value in schedule.results):
+        return
+    spans: dict[int, tuple[int, int]] = {}  # value -> first and last moment
+    free: list[Value] = []
+    moments = _flatten(schedule, 0, spans, free)
+    arguments = {value.given: value for value in schedule.values if value.given >= 0}
+    starts = _offsets(module.entry)
+    read_until: dict[int, int] = {}
+    for output, number, index in input_output_alias(module):
+        parameter = module.entry.parameters[number]
+        argument = arguments[starts[parameter.name] + leaf_at(parameter.shape, index)]
+        result = schedule.results[leaf_at(module.entry.root.shape, output)]
+        read_until[id(result)] = spans[id(argument)][1]
+    outputs = {id(v): v for v in schedule.results if v.given < 0 and v.num_bytes}
     places = [
-        (output, [(output.born, output.last)])
-        for output in heapq.nlargest(32, outputs.values(), key=lambda v: v.num_bytes)
+        (v.num_bytes, [(-1, read_until.get(id(v), -1)), (spans[id(v)][0], moments)])
+        for v in heapq.nlargest(_LENT, outputs.values(), key=lambda v: v.num_bytes)
     ]
-    free = (v for v in made if v.is_temporary and v.num_bytes) if places else ()
-    for value in heapq.nlargest(4096, free, key=lambda v: v.num_bytes):
-        for output, taken in places:
-            fits = value.num_bytes <= output.num_bytes
-            if fits and all(value.last < a or b < value.born for a, b in taken):
-                taken.append((value.born, value.last))
+    for value in heapq.nlargest(_LODGED, free, key=lambda v: v.num_bytes):
+        first, last = spans[id(value)]
+        for num_bytes, taken in places:
+            if value.num_bytes <= num_bytes and all(
+                last < start or end < first for start, end in taken
+            ):
+                taken.append((first, last))
                 value.is_lodged = True
                 break
 
 
-def _live_bytes(
-    computation: Computation, made: list[Value], calls: dict[int, Schedule]
-) -> tuple[int, ...]:
-    change = [0] * (len(computation.instructions) + 1)
-    for value in made:
-        if value.num_bytes and value.is_temporary:
-            change[value.born] += value.num_bytes
-            change[value.last + 1] -= value.num_bytes
-    live, total = [], 0
-    for line in range(len(computation.instructions)):
-        total += change[line]
-        live.append(total + (calls[line].peak_bytes if line in calls else 0))
-    return tuple(live)
+def _flatten(
+    schedule: Schedule, now: int, spans: dict[int, tuple[int, int]], free: list[Value]
+) -> int:
+    """Numbers the moments of a schedule and those it calls; returns the next one.
 
-
-def branches(instruction: Instruction) -> list[str]:
-    """Returns the names of the computations that a conditional chooses from."""
-    listed = (instruction.attr("branch_computations") or "{}")[1:-1].split(",")
-    names = [name.strip().lstrip("%") for name in listed if name.strip()]
-    pair = ("true_computation", "false_computation")
-    return names or [n for key in pair if (n := instruction.called(key))]
-
-
-def aliasing(
-    instruction: Instruction,
-) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
-    """Returns (output index, operand number, index in it) of what writes in place."""
-    if "output_to_operand_aliasing=" not in instruction.rest:
-        return []
-    return parse_aliasing(instruction.attr("output_to_operand_aliasing") or "")
-
-
-def parse_aliasing(text: str) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
-    """Returns the triples that "{ {1}: (3, {}, may-alias) }" spells."""
-
-    def ints(part: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in part.replace(" ", "").split(",") if n)
-
-    found = _ALIASING.findall(text)
-    return [(ints(output), int(number), ints(index)) for output, number, index in found]
-
-
-def _updated_parameters(called: Computation) -> dict[int, int]:
-    """Returns, for results of a fusion that update a parameter in place, which."""
-    root = called.root
-    results = called.operands(root) if root.opcode == "tuple" else (root,)
-    found: dict[int, int] = {}
-    for leaf, result in enumerate(results):
-        is_update = False
-        while result.opcode in _UPDATES or result.opcode == "bitcast":
-            is_update |= result.opcode in _UPDATES
-            result = called.operands(result)[0]
-        if is_update and result.opcode == "parameter":
-            found[leaf] = int(result.literal)
-    return found
-
-
-def _elementwise_parameters(called: Computation) -> frozenset[int]:
-    """Returns the parameters that only elementwise operations lead to the root."""
-    root = called.root
-    fine: dict[str, bool] = {root.name: True}
-    if root.opcode == "tuple":
-        fine.update(dict.fromkeys(root.operands, True))
-    for instruction in reversed(called.instructions):
-        if instruction.opcode in ("parameter", "constant"):
-            continue
-        if instruction is root and root.opcode == "tuple":
-            continue
-        keeps = fine.get(instruction.name, True) and instruction.opcode in _ELEMENTWISE
-        for name in instruction.operands:
-            operand = called.by_name.get(name)
-            same = operand is not None and operand.shape.dims == instruction.shape.dims
-            fine[name] = fine.get(name, True) and keeps and same
-    return frozenset(
-        int(p.literal) for p in called.parameters if fine.get(p.name, False)
-    )
+    Adds each value's first and last moment to `spans`, temporaries to `free`.
+    """
+    begins, ends = [], []
+    for line in range(len(schedule.computation.instructions)):
+        begins.append(now)
+        now += 1
+        if line in schedule.calls:
+            now = _flatten(schedule.calls[line], now, spans, free)
+        ends.append(now - 1)
+    for value in schedule.values:
+        if id(value) not in spans:  # else called from elsewhere before
+            spans[id(value)] = begins[value.born], ends[value.last]
+            if value.is_temporary and value.num_bytes:
+                free.append(value)
+    schedule.__dict__.pop("live_bytes", None)  # to be counted anew
+    schedule.__dict__.pop("peak_bytes", None)
+    return now

@@ -9,8 +9,9 @@ what is alive; the difference is fragmentation and reuse that we do not see.
 import dataclasses
 import re
 
+from sharding.hlo.aliases import input_output_alias, leaf_at
 from sharding.hlo.footprint import spell_shape
-from sharding.hlo.liveness import Schedule, Value, follow, leaf_at, parse_aliasing
+from sharding.hlo.liveness import Schedule, Value, follow
 from sharding.hlo.reader import Module, attribute
 from sharding.hlo.source import Sources, read_sources
 
@@ -191,7 +192,6 @@ def _arguments(
 ) -> tuple[tuple[Argument, ...], int]:
     """Returns the entry's parameters, and the bytes that outputs take over."""
     header = module.header.partition(",")[2]
-    aliases = parse_aliasing(attribute(header, "input_output_alias") or "")
     donors = {int(n) for n in _DONOR.findall(attribute(header, "buffer_donor") or "")}
     taken: dict[int, int] = {}
     parameters = module.entry.parameters
@@ -199,10 +199,9 @@ def _arguments(
     for value in schedule.values:
         if value.given >= 0:
             given.setdefault(int(value.instruction.literal), []).append(value)
-    for _, number, index in aliases:
-        if number < len(parameters):
-            start = leaf_at(parameters[number].shape, index)
-            taken[number] = taken.get(number, 0) + given[number][start].num_bytes
+    for _, number, index in input_output_alias(module):
+        start = leaf_at(parameters[number].shape, index)
+        taken[number] = taken.get(number, 0) + given[number][start].num_bytes
     if donated is not None and len(donated) != len(parameters):
         donated = None  # JAX's arguments and the text's are not one to one
     found = []

@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from sharding.hlo import custom_calls
-from sharding.hlo.liveness import branches, leaf_at
+from sharding.hlo.aliases import UPDATES, branches, leaf_at
 from sharding.hlo.reader import Computation, Instruction, Module
 
 MOVES = frozenset([
     "bitcast", "convert", "copy", "dynamic-slice", "optimization-barrier",
     "opt-barrier", "reshape", "slice", "transpose",
 ])  # fmt: skip
-_UPDATES = frozenset(["dynamic-update-slice", "scatter"])
 
 # ("argument", number of an entry parameter), ("reduce-scatter", its name), or None.
 Origin = tuple[str, int | str] | None
@@ -159,7 +158,7 @@ class Origins:
         """Returns the value in whose place `name` lies or of which it is a piece."""
         found = computation.by_name.get(name)
         while found is not None:
-            if found.opcode in MOVES or found.opcode in _UPDATES:
+            if found.opcode in MOVES or found.opcode in UPDATES:
                 found = computation.by_name.get(found.operands[0])
                 continue
             whole, index = found, 0
@@ -217,7 +216,7 @@ class Origins:
         if opcode == "while" and operands:
             body = self._module.computation(instruction.called("body"), instruction)
             return self._carried(body, operands[0])
-        if (opcode in MOVES or opcode in _UPDATES) and operands:
+        if (opcode in MOVES or opcode in UPDATES) and operands:
             return operands[0]
         if opcode == "fusion":
             called = self._module.computation(instruction.called("calls"), instruction)
