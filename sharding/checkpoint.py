@@ -14,7 +14,9 @@ up afterwards is an error, never another number.
 """
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +38,11 @@ _TIMEOUT_S = 24 * 3600  # Orbax gives up after 20 minutes, a slow disk may need 
 
 
 class Saving:
-    """A save under way. What was saved may be changed or donated already."""
+    """A save under way; what was saved may be changed or donated already.
+
+    Attributes:
+      path: of the folder that will be there.
+    """
 
     def __init__(
         self, path: pathlib.Path, writer: ocp.AsyncCheckpointer, work: pathlib.Path
@@ -59,8 +65,7 @@ class Saving:
                 " whole or not at all, so what was there still is. Put that right, and"
                 " save again."
             ) from error
-        finally:
-            self._writer.close()
+        self._writer.close()
 
     @property
     def bytes_written(self) -> int:
@@ -140,9 +145,7 @@ def save_parts(
             f"cannot keep `extra` in checkpoint {path}: {error}. It is written as JSON."
             " Give only mappings with names, lists, texts, numbers, true, false, None."
         ) from error
-    replaces = _check_place(path, overwrite)
-    config, itemsize = layout.config, jnp.dtype(layout.dtype).itemsize
-    _check_room(path, config.num_params * itemsize)
+    check_place(path, layout, overwrite)
 
     fingerprint = jax.jit(seal.fingerprints)
     tree, marks = {}, {}
@@ -150,20 +153,20 @@ def save_parts(
         marks[str(part)] = fingerprint(arrays)
         tree[str(part)] = jax.block_until_ready(jax.tree.map(_to_host, arrays))
         del arrays
-    assert list(tree) == [str(part) for part in published.parts(config)]
-
-    def write_seal(folder: pathlib.Path) -> None:
-        seal.write(
-            folder,
-            config=config,
-            dtype=layout.dtype,
-            extra=kept,
-            fingerprints=jax.tree.map(int, marks),
-        )
-
-    final = path.with_name(path.name + seal.NEW) if replaces else path
-    if replaces:
+    assert list(tree) == [str(part) for part in published.parts(layout.config)]
+    write_seal = functools.partial(
+        seal.write,
+        config=layout.config,
+        dtype=layout.dtype,
+        extra=kept,
+        fingerprints=jax.tree.map(int, marks),
+    )
+    final = path
+    if is_saved(path):
+        final = path.with_name(path.name + seal.NEW)
         shutil.rmtree(final, ignore_errors=True)  # of a save that stopped
+    elif path.exists() and jax.process_index() == 0:
+        path.rmdir()  # empty
     writer = ocp.AsyncCheckpointer(
         ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
         timeout_secs=_TIMEOUT_S,
@@ -172,6 +175,53 @@ def save_parts(
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     writer.save(final, args=ocp.args.PyTreeSave(tree, save_args=chunks))
     return Saving(path, writer, final.with_name(final.name + seal.UNFINISHED))
+
+
+def check_place(
+    path: str | pathlib.Path, layout: Layout, overwrite: bool = False
+) -> None:
+    """Refuses to write where something is, or where there is no room.
+
+    Args:
+      path: of the folder, as for `save`, which asks this first.
+      layout: says how large it will be.
+      overwrite: whether a checkpoint may be there.
+
+    Raises:
+      ValueError: something is there.
+      OSError: there is no room, or no right to look.
+    """
+    path = pathlib.Path(path).absolute()
+    if seal.UNFINISHED in path.name:
+        raise ValueError(
+            f"cannot save as {path}: names with {seal.UNFINISHED!r} are of checkpoints"
+            " that are being written. Choose another name."
+        )
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not is_saved(path):
+            raise ValueError(
+                f"cannot save as {path}: something else is there, and only a checkpoint"
+                " is ever replaced by one. Choose another folder."
+            )
+        if not overwrite:
+            raise ValueError(
+                f"cannot save as {path}: a checkpoint is there already. It is replaced"
+                " only if you ask for that. Choose another folder, or say overwrite."
+            )
+    folder = next(parent for parent in path.parents if parent.exists())
+    needed_bytes = layout.config.num_params * jnp.dtype(layout.dtype).itemsize
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            f"cannot save as {path}: it takes {needed_bytes:,} bytes, {folder} has"
+            f" {free_bytes:,} free. A checkpoint that is replaced stays until the new"
+            " one is whole. Make room, or choose another disk."
+        )
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise OSError(
+            f"cannot save as {path}: {folder} is not a folder that may be written to."
+            " Folders in between are made there. Choose another place."
+        )
 
 
 def restore_params(
@@ -260,43 +310,6 @@ def _check_model(saved: Saved, config: ModelConfig) -> None:
             f"checkpoint {saved.path} is of a model with {of}; the program is for"
             f" {wanted}. They must be the same model, however it is partitioned. Make"
             " the program from the checkpoint's config."
-        )
-
-
-def _check_place(path: pathlib.Path, overwrite: bool) -> bool:
-    """Refuses to write where something is; returns whether it is to be replaced."""
-    if seal.UNFINISHED in path.name:
-        raise ValueError(
-            f"cannot save as {path}: names with {seal.UNFINISHED!r} are of checkpoints"
-            " that are being written. Choose another name."
-        )
-    if not path.exists():
-        return False
-    if path.is_dir() and not any(path.iterdir()):
-        if jax.process_index() == 0:
-            path.rmdir()
-        return False
-    if not is_saved(path):
-        raise ValueError(
-            f"cannot save as {path}: something else is there, and only a checkpoint is"
-            " ever replaced by one. Choose another folder."
-        )
-    if not overwrite:
-        raise ValueError(
-            f"cannot save as {path}: a checkpoint is there already. It is replaced only"
-            " if you ask for that. Choose another folder, or say overwrite."
-        )
-    return True
-
-
-def _check_room(path: pathlib.Path, needed_bytes: int) -> None:
-    folder = next(parent for parent in path.parents if parent.exists())
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise OSError(
-            f"cannot save as {path}: it takes {needed_bytes:,} bytes, {folder} has"
-            f" {free_bytes:,} free. A checkpoint that is replaced stays until the new"
-            " one is whole. Make room, or choose another disk."
         )
 
 
