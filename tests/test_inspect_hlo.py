@@ -21,12 +21,14 @@ from rich.console import Console
 
 from experiments.inspection import inputs, names, page, record, tables, terminal
 from experiments.inspection.answer import Answer, answer
+from experiments.inspection.difference import Comparison
 from experiments.inspection.inputs import FileQuestion, ProgramQuestion
 from experiments.report import provenance
 from sharding.chips import CHIPS
 from sharding.hlo import read_ledger
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HLO = ROOT / "tests" / "data" / "hlo"
 AXES = {"data": 2, "tensor": 4}
 # What could break out of a tag, an attribute, a script, a template or a terminal.
 NASTY = (
@@ -159,7 +161,7 @@ def test_terminal_fits(found: Answer, width: int) -> None:
     terminal.show(console, found, top=5)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
-    for part in ("all-gather", "mesh data=2 tensor=4", "x5", "test_inspect_hlo.py:"):
+    for part in ("all-gather", "mesh data=2 tensor=4", "test_inspect_hlo.py:"):
         assert part in text
 
 
@@ -210,6 +212,67 @@ def test_page_is_whole(found: Answer) -> None:
     assert "test_inspect_hlo.py:" in text
 
 
+@pytest.fixture(scope="module")
+def compared(
+    texts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Comparison:
+    folder = tmp_path_factory.mktemp("compared")
+    before, after = (_inspect(text, folder, title=text[:9]) for text in texts)
+    return Comparison(before=before, after=after)
+
+
+def test_difference_names_the_lines(compared: Comparison) -> None:
+    verbs = {(r.verb, r.either.kind) for r in compared.difference.collectives}
+    assert verbs == {("removed", "all-gather"), ("added", "all-reduce")}
+    wire = [a.analysis.ledger.wire_bytes for a in compared.answers]
+    lines = compared.lines
+    sent = [sum(line.wire_bytes[side] for line in lines) for side in (0, 1)]
+    assert wire[1] - wire[0] == sent[1] - sent[0] != 0
+    times = [answer.time_s for answer in compared.answers]
+    change_s = sum(line.change_s for line in lines)
+    assert change_s == pytest.approx(times[1] - times[0])
+    values = json.loads(
+        record.text(record.two(compared, provenance.collect(["inspect_hlo"])))
+    )
+    assert values["figures"]["FLOPs"][0] == values["before"]["flops"]
+    assert {row["verb"] for row in values["collectives"]} == {"added", "removed"}
+
+
+def test_difference_is_shown(compared: Comparison) -> None:
+    shown = Page(page.two(compared, provenance.collect(["inspect_hlo"])))
+    assert shown.tags.count("script") == 2
+    assert len(shown.figures) == 2  # links, timeline
+    text = " ".join(shown.words)
+    for words in ("removed", "added", "Lines responsible", "test_inspect_hlo.py:"):
+        assert words in text
+    for width in (80, 120):
+        console = Console(width=width, record=True, file=io.StringIO())
+        terminal.show_difference(console, compared, top=5)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "removed" in text
+
+
+def test_a_program_does_not_differ_from_itself(found: Answer) -> None:
+    same = Comparison(before=found, after=found)
+    assert same.difference.is_same
+    assert not same.lines
+    console = Console(width=80, record=True, file=io.StringIO())
+    terminal.show_difference(console, same, top=5)
+    assert "Nothing differs" in console.export_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in HLO.glob("*.hlo")))
+def test_shows_programs_of_every_compiler(name: str) -> None:
+    found = answer(inputs.read(FileQuestion(path=str(HLO / name))))
+    usual = {"cpu": "cpu", "v5p": "v5p", "v5e": "v5p", "h100": "h100", "h200": "h100"}
+    assert found.chip.name == usual[name.split(".")[1]]
+    assert found.is_assumed
+    assert any("no chip was named" in text for text in tables.assumed(found))
+    assert _page(found).tags.count("script") == 2
+    terminal.show(Console(width=100, file=io.StringIO()), found, top=3)
+
+
 def _nasty(text: str) -> str:
     """Returns the program with hostile names wherever a name can stand."""
     quoted = NASTY.replace("\\", "\\\\").replace('"', '\\"') + ESCAPE
@@ -231,7 +294,16 @@ def test_names_cannot_inject(texts: tuple[str, str], tmp_path: pathlib.Path) -> 
     assert "<script>alert(1)</script>" in text  # as words
     assert "{{ 7 * 6301 }}" in text
     assert "44107" not in text
-    for figure in shown.figures:
+    both = Page(
+        page.two(
+            Comparison(before=_inspect(texts[0], tmp_path), after=hostile),
+            provenance.collect([NASTY]),
+        )
+    )
+    assert both.tags.count("script") == 2
+    assert both.tags.count("img") == 0
+    assert not both.handlers
+    for figure in (*shown.figures, *both.figures):
         written = json.dumps(figure)
         assert "<script" not in written
         assert "<img" not in written
@@ -382,6 +454,22 @@ def test_other_text_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         _inspect(text, tmp_path)
+
+
+@pytest.mark.slow
+def test_difference_of_two_of_our_programs(tmp_path: pathlib.Path) -> None:
+    done = _run(
+        "-m", "experiments.inspect_hlo", "--model=tiny", "--target=cpu:4",
+        "--partition=tp4", "--diff=partition=dp2_tp2,layers=scanned",
+        "--batch_size=4", "--input_len=16", "--output_len=4", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "inspect.json").read_text())
+    assert values["before"]["axes"] == {"data": 1, "stage": 1, "tensor": 4}
+    assert values["after"]["axes"] == {"data": 2, "stage": 1, "tensor": 2}
+    assert "layers scanned" in values["after"]["facts"]
+    assert "tp4 on cpu:4 → decode of tiny, dp2_tp2" in done.stdout
+    assert Page((tmp_path / "inspect.html").read_text()).figures
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ from sharding.hlo.roofline import Bound
 # What a program is priced as where neither it nor the caller says, by its compiler.
 _USUAL = {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
 _TPU = re.compile(r"\{[\d,]*:T\(\d")  # tiled layouts
-_GPU = re.compile(r"gpu_backend_config|\"__(cublas|cudnn|gpu|triton)")
+_GPU = re.compile(
+    r"fingerprint_before_lhs|gpu_backend_config|\"__(cublas|cudnn|gpu|triton)|\"xla\.pdl"
+)
 _EVERY = 10**9
 
 
