@@ -2,10 +2,10 @@
 
     kind                 finding                                  from what size on
     weight-gathered      an all-gather of an argument             1 % of the arguments
-    argument-copied      an argument, or slices of it, copied     1 %
-    cache-copied         likewise a donated one                   1 %
     not-aliased          donated, but no output takes its place   1 %
-    widened-copy         an argument kept in a wider float type   1 %
+    argument-copied      an argument, or slices of it, copied     1 % and 1 MiB
+    cache-copied         likewise a donated one                   1 % and 1 MiB
+    widened-copy         an argument kept in a wider float type   1 % and 1 MiB
     constant-captured    a constant inside the program            1 MiB
     could-be-scattered   an all-reduce of which each device       1 MiB a call
                          reads its own slice only
@@ -29,7 +29,7 @@ from sharding.hlo.groups import AxisNamer
 from sharding.hlo.memory import Memory
 from sharding.hlo.opcodes import COLLECTIVES, base_opcode
 from sharding.hlo.origins import MOVES, Origin, Origins, Place, trace
-from sharding.hlo.reader import Computation, Instruction, Module
+from sharding.hlo.reader import Instruction, Module
 from sharding.hlo.records import Ledger
 from sharding.hlo.render import figure_bytes
 from sharding.hlo.shapes import ELEMENT_BITS, Shape
@@ -100,7 +100,7 @@ class _Finding:
 
     kind: str
     what: str
-    instruction: Instruction
+    place: Place
     num_bytes: int
     count: int
 
@@ -119,8 +119,9 @@ def find_advice(
     sources = read_sources(module)
     share = SHARE * memory.argument_bytes
     least = collections.defaultdict(lambda: float(LARGE_BYTES))
-    for kind in ("weight-gathered", "argument-copied", "cache-copied", "widened-copy"):
-        least[kind] = share
+    least["weight-gathered"] = share
+    for kind in ("argument-copied", "cache-copied", "widened-copy"):
+        least[kind] = max(share, LARGE_BYTES)
     advice = _merge(_Search(module, ledger, memory, axes).findings(), sources, least)
     for argument in memory.arguments:
         lost = argument.num_bytes - argument.aliased_bytes
@@ -165,7 +166,9 @@ def _merge(
     """Returns one advice for findings of one kind, sentence and line."""
     rows: dict[tuple[str, str, str], list[_Finding]] = {}
     for finding in findings:
-        _, source = sources.of(finding.instruction)
+        instruction = finding.place.instruction
+        _, source = sources.of(instruction)
+        source = source or sources.of_user(instruction, finding.place.computation)
         rows.setdefault((finding.kind, finding.what, source), []).append(finding)
     advice = []
     for (kind, what, source), found in rows.items():
@@ -177,8 +180,8 @@ def _merge(
         evidence = f"{figure_bytes(total)} in {times} run{'s' * (times > 1)} of "
         if len(found) > 1:
             evidence += f"{len(found)} instructions, such as "
-        evidence += f"%{largest.instruction.name}"
-        op_name, _ = sources.of(largest.instruction)
+        evidence += f"%{largest.place.instruction.name}"
+        op_name, _ = sources.of(largest.place.instruction)
         advice.append(_advice(kind, what, evidence, total, times, op_name, source))
     return advice
 
@@ -205,8 +208,6 @@ class _Search:
             for cost in ledger.costs
             if cost.hbm_bytes or cost.flops
         }
-        self._users: dict[str, dict[str, list[Instruction]]] = {}
-        self._starts: dict[tuple[str, str], int] = {}
         # CPUs have no asynchronous collectives, so there nothing can be overlapped.
         self._is_async = module.is_tpu or any(
             i.opcode.endswith("-start") and base_opcode(i) in COLLECTIVES
@@ -235,7 +236,7 @@ class _Search:
         return _Finding(
             kind=kind,
             what=what,
-            instruction=place.instruction,
+            place=place,
             num_bytes=num_bytes * place.count,
             count=place.count,
         )
@@ -334,7 +335,7 @@ class _Search:
             name = names.pop()
             if name == place.computation.root.name:
                 return
-            for user in self._readers(place.computation).get(name, ()):
+            for user in place.computation.users.get(name, ()):
                 if user.opcode.endswith("-done") or user.opcode in (
                     "bitcast", "get-tuple-element", "reshape", "convert",
                 ):  # fmt: skip
@@ -355,17 +356,8 @@ class _Search:
             return False
         called = self._module.computation(user.called("calls"), user)
         inner = called.parameters[user.operands.index(name)].name
-        readers = self._readers(called).get(inner, ())
+        readers = called.users.get(inner, ())
         return bool(readers) and all(self._takes_slice(r, inner, size) for r in readers)
-
-    def _readers(self, computation: Computation) -> dict[str, list[Instruction]]:
-        if computation.name not in self._users:
-            users: dict[str, list[Instruction]] = collections.defaultdict(list)
-            for instruction in computation.instructions:
-                for name in dict.fromkeys(instruction.operands):
-                    users[name].append(instruction)
-            self._users[computation.name] = users
-        return self._users[computation.name]
 
     def _exposed(self, place: Place, found: Found) -> Iterator[_Finding]:
         """A large collective that nothing is computed beside."""

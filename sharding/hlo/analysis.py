@@ -139,8 +139,21 @@ def analyze(
         check_devices(axes, module.num_replicas, module.num_partitions)
     elif loaded.axes and math.prod(loaded.axes.values()) == module.num_devices:
         axes = dict(loaded.axes)
+    name = _NAME.sub(r"\1", module.header) or "program"
     ledger = read_ledger(module, axes, kernels=kernels, trip_counts=trip_counts)
-    memory = find_memory(module, loaded.donated, loaded.xla_memory)
+    try:
+        memory = find_memory(module, loaded.donated, loaded.xla_memory)
+        advice = find_advice(module, ledger, memory, axes)
+        roofline = None
+        if chip is not None:
+            roofline = find_roofline(
+                ledger, module, chip, collective_time_s=collective_time_s, limit=top
+            )
+    except (ArithmeticError, LookupError, RecursionError, TypeError) as error:
+        raise ValueError(
+            f"the parts of {name} do not fit together ({error!r}). Pass the text as it"
+            " was printed."
+        ) from error
     warnings = ledger.warnings
     if not memory.is_scheduled:
         warnings += (
@@ -148,18 +161,14 @@ def analyze(
             " a device runs, and the order of its lines stands in.",
         )
     return Analysis(
-        name=_NAME.sub(r"\1", module.header) or "program",
+        name=name,
         num_replicas=module.num_replicas,
         num_partitions=module.num_partitions,
         axes=axes or {},
         ledger=ledger,
         memory=memory,
-        roofline=None
-        if chip is None
-        else find_roofline(
-            ledger, module, chip, collective_time_s=collective_time_s, limit=top
-        ),
-        advice=find_advice(module, ledger, memory, axes),
+        roofline=roofline,
+        advice=advice,
         warnings=warnings,
         xla_flops=loaded.xla_flops,
     )

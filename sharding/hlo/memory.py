@@ -32,7 +32,7 @@ class Buffer:
       num_bytes: tiles and padding included, where the layout tells.
       kind: one of `KINDS`.
       op_name: JAX's name of the operation, or "".
-      source: "file.py:123", or "".
+      source: "file.py:123", or ""; of the first user where it has no line itself.
     """
 
     name: str
@@ -228,6 +228,8 @@ def _buffer(
     sources: Sources, schedule: Schedule, value: Value, kind: str, name: str = ""
 ) -> Buffer:
     op_name, source = sources.of(value.instruction)
+    if kind == "temporary" and not source:
+        source = sources.of_user(value.instruction, schedule.computation)
     return Buffer(
         name=name or value.instruction.name,
         computation=schedule.computation.name,

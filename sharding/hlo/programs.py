@@ -4,11 +4,13 @@
     HLO text, or its path    what `compiled.as_text()` and --xla_dump_to write
     HloProto, or its path    what --xla_dump_hlo_as_proto writes (.hlo.pb)
 
-A proto carries XLA's buffer assignment, but not how many partitions the program was
-made for: that is in its device assignment. jaxlib turns it into text.
+Files may be compressed by gzip. A proto carries XLA's buffer assignment, but not how
+many partitions the program was made for: that is in its device assignment. jaxlib
+turns it into text.
 """
 
 import dataclasses
+import gzip
 import math
 import os
 import pathlib
@@ -122,6 +124,8 @@ def _mesh_of(compiled: Any) -> dict[str, int] | None:
 
 
 def _from_bytes(data: bytes, name: str) -> Loaded:
+    if data.startswith(b"\x1f\x8b"):
+        data = gzip.decompress(data)
     head = data[:4096].lstrip()
     if head.startswith((b"HloModule", b"//", b"#")) or b"\nHloModule" in head:
         return Loaded(text=data.decode("utf-8", errors="replace"))
