@@ -142,9 +142,10 @@ def _source(model: str | None, checkpoint: str | None) -> pathlib.Path:
     """Returns the path of the files to read."""
     if (model is None) == (checkpoint is None):
         raise ValueError(
-            f"--model={model} and --checkpoint={checkpoint} were given; one of them"
-            " says what to convert. Give a Hugging Face folder or a .gguf file with"
-            f" --checkpoint, or --model={trained.DEFAULT}."
+            f"cannot tell what to convert from --model={model} and"
+            f" --checkpoint={checkpoint}. Exactly one of them says it. Give a Hugging"
+            " Face folder or a .gguf file with --checkpoint, or"
+            f" --model={trained.DEFAULT}."
         )
     if checkpoint is not None:
         path = pathlib.Path(checkpoint).expanduser()
