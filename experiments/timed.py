@@ -12,7 +12,6 @@ import pathlib
 import re
 import shutil
 import tempfile
-import threading
 from typing import Any
 
 import jax
@@ -36,8 +35,6 @@ _PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 # Which figures a phase's time is called by, and where its parts stand.
 _NAMES = {"prefill": "ttft", "decode": "tpot"}
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.I)
-# Variables that change how programs run; those that change what is compiled are flags.
-_SETTINGS = ("XLA_PYTHON_CLIENT_", "NCCL_")
 _PROFILED_CALLS = 3  # of decode
 # The devices are ours alone: leave only what NCCL and the driver need for themselves.
 _MEMORY_FRACTION = "0.92"
@@ -184,7 +181,7 @@ def _timed(
     found = timing.measure(
         generate, output_len=point.output_len, calls=calls, repeats=how.repeats
     )
-    busy = _look_while(functools.partial(generate, calls)) if before else ()
+    busy = guard.while_running(lambda: generate(calls)) if before else []
     held = timing.allocated_bytes(target.devices, "bytes_in_use")
     peak, peak_reason = _peak(target, first_peak)
     if how.profile:
@@ -207,27 +204,17 @@ def _timed(
     if ttft_parts and tpot_parts:
         total = ttft_parts.plus(tpot_parts, point.output_len - 1)
         answer["bottleneck"] = total.bottleneck
-    slowed = [text for text in busy if "slowed by" in text]
-    measurement = Measurement(
+    measurement = Measurement.of(
+        found,
         engine="jaxllm",
         devices=tuple(device.device_kind for device in target.devices),
         driver=point.context.get("driver"),
-        calls=calls,
-        warmup_samples_s=found.warmup_samples_s,
-        ttft_samples_s=found.ttft_samples_s,
-        e2e_samples_s=found.e2e_samples_s,
-        tpot_samples_s=found.tpot_samples_s,
-        ttft_spread=timing.spread(found.ttft_samples_s),
-        tpot_spread=timing.spread(found.tpot_samples_s),
-        ttft_drift=timing.drift(found.ttft_samples_s),
-        tpot_drift=timing.drift(found.tpot_samples_s),
         held_bytes=held,
         peak_bytes=peak,
         peak_reason=peak_reason,
         devices_before=before,
-        devices_busy=busy,
-        settings=_settings(),
-        warnings=(*warnings, *found.warnings, *slowed),
+        devices_busy=tuple(map(str, busy)),
+        warnings=warnings,
     )
     return dict(**answer, measurement=measurement)
 
@@ -243,16 +230,6 @@ def _look(target: Target, how: How) -> tuple[tuple[str, ...], list[str]]:
     if how.refuse:
         guard.refuse(found)
     return tuple(map(str, seen)), [*warnings, *found]
-
-
-def _look_while(generate: Any) -> tuple[str, ...]:
-    """Returns what GPUs do during a run, which is not counted."""
-    seen: list[guard.Gpu] = []
-    thread = threading.Thread(target=lambda: seen.extend(guard.gpus()))
-    thread.start()
-    generate()
-    thread.join()
-    return tuple(map(str, seen))
 
 
 def _params(point: Point, layout: Layout, target: Target) -> Params:
@@ -329,11 +306,3 @@ def _profile(folder: pathlib.Path, point: Point, generate: Any) -> None:
         for suffix in ("trace.json.gz", "xplane.pb"):
             (found,) = pathlib.Path(scratch).rglob(f"*.{suffix}")
             shutil.copy(found, folder / f"{name}.{suffix}")
-
-
-def _settings() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(_SETTINGS)
-    }

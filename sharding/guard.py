@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Collection, Sequence
 
 IDLE_PERCENT = 5  # utilisation that an idle GPU may show
@@ -135,6 +136,16 @@ def before_start(ask: Ask = smi) -> list[str]:
         elif gpu.used_bytes > IDLE_BYTES:
             found.append(f"GPU {gpu.index} has {gpu.used_bytes / 1e9:.1f} GB in use")
     return found
+
+
+def while_running(run: Callable[[], object], ask: Ask = smi) -> list[Gpu]:
+    """Returns what the GPUs do while `run` keeps them busy."""
+    seen: list[Gpu] = []
+    thread = threading.Thread(target=lambda: seen.extend(gpus(ask)))
+    thread.start()
+    run()
+    thread.join()
+    return seen
 
 
 def refuse(found: Sequence[str]) -> None:

@@ -1,7 +1,15 @@
 """How the times of a measured record were taken; its `measurement` field."""
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from sharding import timing
+from sharding.timing import Timing
+
+# Variables that change how programs run; those that change what is compiled are flags.
+_SETTINGS = ("XLA_PYTHON_CLIENT_", "NCCL_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,3 +57,34 @@ class Measurement:
     devices_busy: tuple[str, ...]
     settings: Mapping[str, str]
     warnings: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        found: Timing,
+        *,
+        warnings: Sequence[str],
+        devices_busy: Sequence[str],
+        **seen: Any,
+    ) -> Self:
+        """Returns what `found` says, with the state of the devices around it."""
+        slowed = [text for text in devices_busy if "slowed by" in text]
+        return cls(
+            calls=found.calls,
+            warmup_samples_s=found.warmup_samples_s,
+            ttft_samples_s=found.ttft_samples_s,
+            e2e_samples_s=found.e2e_samples_s,
+            tpot_samples_s=found.tpot_samples_s,
+            ttft_spread=timing.spread(found.ttft_samples_s),
+            tpot_spread=timing.spread(found.tpot_samples_s),
+            ttft_drift=timing.drift(found.ttft_samples_s),
+            tpot_drift=timing.drift(found.tpot_samples_s),
+            devices_busy=tuple(devices_busy),
+            settings={
+                name: value
+                for name, value in sorted(os.environ.items())
+                if name.startswith(_SETTINGS)
+            },
+            warnings=(*warnings, *found.warnings, *slowed),
+            **seen,
+        )

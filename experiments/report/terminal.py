@@ -50,14 +50,14 @@ def show(console: Console, question: Question, objective: Objective) -> None:
         for line in scatter(question, width=min(console.width, 100)):
             console.print(line, no_wrap=True, overflow="crop")
         console.print()
-        for table in tables.figures(question, objective):
-            console.print(_fitting(console, table))
+        for content in tables.figures(question, objective):
+            console.print(_fitting(console, content))
     if (warnings := tables.warnings(question))[1]:
         console.print("[bold]Warnings[/]")
-        console.print(_table(warnings))
+        console.print(table(warnings))
     if question.not_ok:
         console.print("\n[bold]Without an answer, and why[/]")
-        console.print(_table(tables.turned_down(question)))
+        console.print(table(tables.turned_down(question)))
     console.print()
     console.print(Text(words.headline(question), style="bold"))
     for name, sentence in words.answers(question, objective):
@@ -135,24 +135,31 @@ def series(question: Question) -> list[str]:
     return sorted(found, key=lambda label: (found[label], label))
 
 
-def _fitting(console: Console, table: tables.Table) -> Table:
+def _fitting(console: Console, content: tables.Table) -> Table:
     """Returns the table without the columns that the console has no room for."""
-    out, wide = _table(table, group_by=0), console.options.update(max_width=1000)
-    dispensable = _DISPENSABLE_OF_MEASURED if "off" in table[0] else _DISPENSABLE
+    out, wide = table(content, group_by=0), console.options.update(max_width=1000)
+    dispensable = _DISPENSABLE_OF_MEASURED if "off" in content[0] else _DISPENSABLE
     for i in range(1, len(dispensable) + 1):
         if console.measure(out, options=wide).maximum <= console.width:
             break
-        out = _table(table, group_by=0, drop=set(dispensable[:i]))
+        out = table(content, group_by=0, drop=set(dispensable[:i]))
     return out
 
 
-def _table(
-    table: tables.Table,
+def table(
+    content: tables.Table,
     *,
     group_by: int | None = None,
     drop: set[str] | None = None,
 ) -> Table:
-    headings, rows = table
+    """Returns a table laid out for a terminal.
+
+    Args:
+      content: headings and rows.
+      group_by: column whose changes start a new group of rows.
+      drop: headings of columns to leave out.
+    """
+    headings, rows = content
     kept = [i for i, name in enumerate(headings) if name not in (drop or ())]
     out = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     for i in kept:
