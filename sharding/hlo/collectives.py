@@ -167,21 +167,26 @@ class CollectiveFinder:
         carries: dict[str, int | None] = {instruction.name: None}
         if instruction.shape.dtype != "tuple":
             carries[instruction.name] = 0
-        for i in computation.instructions:
-            if carries.keys().isdisjoint(i.operands):
-                continue
-            leaf = carries.get(i.operands[0])
-            if i.opcode == "get-tuple-element" and leaf is None:
-                carries[i.name] = int(i.require("index"))
-            elif i.opcode in _RECUTS and leaf is not None:
-                carries[i.name] = leaf
-            elif i.opcode == "dynamic-slice" and leaf is not None:
-                whole = instruction.shape.leaves[leaf].size
-                if i.shape.size * group_size != whole:
+        reached = [instruction.name]
+        while reached:
+            name = reached.pop()
+            for i in computation.users.get(name, ()):
+                leaf = carries[name]
+                if i.operands[0] != name or i.name in carries:
                     return False
-                sliced.add(leaf)
-            else:
-                return False
+                if i.opcode == "get-tuple-element" and leaf is None:
+                    carries[i.name] = int(i.require("index"))
+                    reached.append(i.name)
+                elif i.opcode in _RECUTS and leaf is not None:
+                    carries[i.name] = leaf
+                    reached.append(i.name)
+                elif i.opcode == "dynamic-slice" and leaf is not None:
+                    whole = instruction.shape.leaves[leaf].size
+                    if i.shape.size * group_size != whole:
+                        return False
+                    sliced.add(leaf)
+                else:
+                    return False
         every = len(sliced) == len(instruction.shape.leaves)
         return every and computation.root.name not in carries
 
