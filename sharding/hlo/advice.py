@@ -331,10 +331,12 @@ class _Search:
         """An all-reduce of which every reader takes a slice of 1 / group size."""
         whole = max((leaf.size for leaf in place.instruction.shape.leaves), default=0)
         names, sliced = [place.instruction.name], False
+        seen: set[str] = set()
         while names:
             name = names.pop()
-            if name == place.computation.root.name:
+            if name == place.computation.root.name or name in seen:
                 return
+            seen.add(name)
             for user in place.computation.users.get(name, ()):
                 if user.opcode.endswith("-done") or user.opcode in (
                     "bitcast", "get-tuple-element", "reshape", "convert",

@@ -81,7 +81,9 @@ def updated_parameters(called: Computation) -> dict[int, int]:
     found: dict[int, int] = {}
     for leaf, result in enumerate(results):
         is_update = False
-        while result.opcode in UPDATES or result.opcode == "bitcast":
+        for _ in called.instructions:  # a text that runs in circles ends too
+            if result.opcode not in UPDATES and result.opcode != "bitcast":
+                break
             is_update |= result.opcode in UPDATES
             result = called.operands(result)[0]
         if is_update and result.opcode == "parameter":

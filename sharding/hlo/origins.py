@@ -157,7 +157,9 @@ class Origins:
     def _stored(self, computation: Computation, name: str) -> Instruction | None:
         """Returns the value in whose place `name` lies or of which it is a piece."""
         found = computation.by_name.get(name)
-        while found is not None:
+        for _ in computation.instructions:  # a text that runs in circles ends too
+            if found is None:
+                return None
             if found.opcode in MOVES or found.opcode in UPDATES:
                 found = computation.by_name.get(found.operands[0])
                 continue
@@ -180,7 +182,7 @@ class Origins:
             if source is None:
                 return found
             found = computation.by_name.get(source)
-        return found
+        return None
 
     def _updated(self, called: Computation, index: int) -> int | None:
         """Returns the parameter that a result of a fusion is, or updates, or None."""
@@ -230,9 +232,9 @@ class Origins:
 
 def trace(computation: Computation, instruction: Instruction) -> Instruction | None:
     """Returns what `instruction` is a piece of: the first value that is no move."""
-    while instruction.opcode in MOVES:
-        found = computation.by_name.get(instruction.operands[0])
-        if found is None:
-            return None
-        instruction = found
-    return instruction
+    found: Instruction | None = instruction
+    for _ in computation.instructions:  # a text that runs in circles ends too
+        if found is None or found.opcode not in MOVES:
+            return found
+        found = computation.by_name.get(found.operands[0])
+    return None
