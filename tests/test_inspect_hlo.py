@@ -1,6 +1,7 @@
 """The inspector says what the ledger says, quotes safely, and refuses clearly."""
 
 import dataclasses
+import gzip
 import html.parser
 import io
 import json
@@ -454,6 +455,18 @@ def test_other_text_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         _inspect(text, tmp_path)
+
+
+def test_reads_what_is_compressed(
+    texts: tuple[str, str], found: Answer, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "program.txt.gz"
+    path.write_bytes(gzip.compress(texts[0].encode()))
+    read = answer(inputs.read(FileQuestion(path=str(path), mesh=AXES)))
+    assert read.analysis.ledger == found.analysis.ledger
+    path.write_bytes(b"\x7fELF\0\0\0")
+    with pytest.raises(ValueError, match=r"holds no program.*ELF"):
+        answer(inputs.read(FileQuestion(path=str(path))))
 
 
 @pytest.mark.slow

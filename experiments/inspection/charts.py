@@ -119,9 +119,9 @@ def _ring(
     """Draws one ring for all instructions that only move data."""
     ranked = sorted(rows, key=lambda row: -row.time_s)
     lines = [
-        f"<b>moving data only</b>, {units.seconds(sum(r.time_s for r in rows))}",
+        f"<b>moving data only</b>, {tables.seconds(sum(r.time_s for r in rows))}",
         *(
-            f"{units.seconds(r.time_s)} {_escaped(names.short(r.op_name) or r.name)}"
+            f"{tables.seconds(r.time_s)} {_escaped(names.short(r.op_name) or r.name)}"
             for r in ranked[:_LISTED]
         ),
         *([f"and {len(rows) - _LISTED} more"] if len(rows) > _LISTED else []),
@@ -212,7 +212,7 @@ def links(answers: Sequence[Answer], labels: Sequence[str]) -> Figure | None:
         x=ends,
         mode="text",
         text=[
-            f" {tables.size(end)}, {units.seconds(s)}" if end else " none"
+            f" {tables.size(end)}, {tables.seconds(s)}" if end else " none"
             for end, s in zip(ends, times, strict=True)
         ],
         textposition="middle right",
@@ -286,7 +286,7 @@ def _hover(answer: Answer, row: Bound) -> str:
     lines = [
         f"<b>{_escaped(names.tail(names.short(row.op_name) or row.name, 70))}</b>",
         _escaped(names.tail(where, 70)),
-        f"{units.seconds(row.time_s)}, {units.percent(share)},"
+        f"{tables.seconds(row.time_s)}, {units.percent(share)},"
         f" bound by {tables.LIMITS[row.limit]}; {row.count:,} times",
         f"{units.count(row.flops)} FLOPs, {tables.size(row.hbm_bytes)},"
         f" {units.digits(row.flops_per_byte)} FLOPs a byte",

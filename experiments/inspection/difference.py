@@ -9,7 +9,7 @@ import functools
 
 from experiments.inspection import names
 from experiments.inspection.answer import Answer
-from experiments.inspection.tables import Cell, Table, count, size
+from experiments.inspection.tables import Cell, Table, count, seconds, size
 from experiments.report import units
 from sharding.hlo.diff import Changed, Difference, Figure, compare
 
@@ -119,7 +119,7 @@ def totals(found: Comparison) -> Table:
 def _figure(figure: Figure, value: float) -> str:
     if figure.name.endswith("bytes"):
         return size(value)
-    return units.seconds(value) if figure.name.endswith(", s") else count(value)
+    return seconds(value) if figure.name.endswith(", s") else count(value)
 
 
 def _worse(figure: Figure) -> str:
@@ -199,9 +199,9 @@ def _line(row: Line) -> tuple[Cell, ...]:
     sign = "+" if row.change_s > 0 else "-"
     verb = "added" if row.change_s > 0 else "removed"
     return (
-        Cell(text=_pair([units.seconds(s) for s in row.time_s]), order=after),
+        Cell(text=_pair([seconds(s) for s in row.time_s]), order=after),
         Cell(
-            text=f"{sign}{units.seconds(abs(row.change_s))}" if before != after else "",
+            text=f"{sign}{seconds(abs(row.change_s))}" if before != after else "",
             order=row.change_s,
             mark=verb if before != after else "",
         ),

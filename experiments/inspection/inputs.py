@@ -4,7 +4,6 @@
 `Subject`: one optimised program, and what is known besides.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import pathlib
@@ -27,7 +26,6 @@ STDIN = "-"
 _OPTIMISED = re.compile(
     r"(?P<name>.+?)(\.(sm|cl)_\d+)?\.([^.]*_)?after_optimizations(\.txt|\.hlo\.pb)"
 )
-_PROTO = ".pb"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,18 +294,20 @@ def _program(question: ProgramQuestion) -> tuple[Program, Target]:
 
 def _read_file(question: FileQuestion) -> Subject:
     path, every = _find(question)
-    if path is None:
-        title, program = "standard input", sys.stdin.buffer.read()
-        with contextlib.suppress(UnicodeDecodeError):
-            program = program.decode()  # else it is a proto
-    elif path.suffix == _PROTO:
-        title, program = path.name, path
-    else:
-        title, program = path.name, path.read_text(encoding="utf-8", errors="replace")
+    try:
+        data = path.read_bytes() if path else sys.stdin.buffer.read()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}. A program is a file that can be"
+            " read. Give another, or change its permissions."
+        ) from None
+    title = path.name if path else "standard input"
     facts: list[str] = []
-    if isinstance(program, str):
-        _refuse_other_text(program, title)
-        facts.append(f"{len(program.splitlines()):,} lines")
+    program: str | bytes = data
+    if b"\0" not in data:  # else a proto, or compressed
+        program = text = data.decode("utf-8", errors="replace")
+        _refuse_other_text(text, title)
+        facts.append(f"{len(text.splitlines()):,} lines")
     if every:
         chosen = "the largest of" if question.module is None else "one of"
         facts.append(f"{chosen} {len(every)} programs in {question.path}")

@@ -94,7 +94,7 @@ def time_bar(answer: Answer) -> list[dict[str, Any]]:
             tables.LIMITS[limit],
             time_s,
             answer.time_s,
-            units.seconds(time_s),
+            tables.seconds(time_s),
             charts.LIMITS[limit],
         )
         for limit, time_s in tables.by_limit(answer)

@@ -69,6 +69,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if abs(value) < 1000 else units.count(value)
 
 
+def seconds(value: float) -> str:
+    """Returns a time; what is no time on any chip only as that."""
+    return "< 1 ns" if 0 < value < 1e-9 else units.seconds(value)
+
+
 def collectives(answer: Answer, limit: int | None = None) -> Table:
     """Returns one row for each collective, those that send most first."""
     rows = sorted(answer.collectives, key=lambda row: -row.wire_bytes)
@@ -91,7 +96,7 @@ def _collective(answer: Answer, row: Collective) -> tuple[Cell, ...]:
         _bytes(row.payload_bytes_each),
         _bytes(row.payload_bytes),
         _bytes(row.wire_bytes),
-        Cell(text=units.seconds(time_s), order=time_s),
+        Cell(text=seconds(time_s), order=time_s),
         *_where(row),
     )
 
@@ -112,7 +117,7 @@ def instructions(answer: Answer, limit: int | None = None) -> Table:
 def _bound(answer: Answer, row: Bound) -> tuple[Cell, ...]:
     share = row.time_s / answer.time_s if answer.time_s else 0.0
     return (
-        Cell(text=units.seconds(row.time_s), order=row.time_s),
+        Cell(text=seconds(row.time_s), order=row.time_s),
         Cell(text=units.percent(share), order=share),
         Cell(text=LIMITS[row.limit], mark=row.limit),
         Cell(text=names.printable(row.opcode)),
@@ -225,10 +230,8 @@ def totals(answer: Answer) -> list[tuple[str, str, str]]:
         ("Memory", size(memory.peak_bytes), "; ".join(_held(answer))),
     ]
     if a.roofline:
-        parts = [
-            f"{LIMITS[limit]} {units.seconds(s)}" for limit, s in by_limit(answer) if s
-        ]
-        rows.append(("Time, at least", units.seconds(answer.time_s), ", ".join(parts)))
+        parts = [f"{LIMITS[limit]} {seconds(s)}" for limit, s in by_limit(answer) if s]
+        rows.append(("Time, at least", seconds(answer.time_s), ", ".join(parts)))
     return rows
 
 
