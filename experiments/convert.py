@@ -51,7 +51,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "bfloat16", "float16", "float32"],
-    "Of what is written; auto loses nothing: as stored, float32 if quantised.",
+    "Of what is written; auto is as stored, or float32 if that is quantised or mixed.",
 )
 _PARTITION = flags.DEFINE_string("partition", "tp1", "Devices to spread it over: tp8.")
 _TARGET = flags.DEFINE_string(
@@ -165,7 +165,7 @@ def _source(model: str | None, checkpoint: str | None) -> pathlib.Path:
 
 
 def _dtype(files: weights.Checkpoint) -> str:
-    """Returns the narrowest dtype that holds everything in the files."""
+    """Returns the dtype of everything in the files, or float32."""
     found = {tensor.encoding.name for tensor in files.tensors.values()}
     return _STORED.get(found.pop(), "float32") if len(found) == 1 else "float32"
 
