@@ -24,7 +24,7 @@ from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
 from jaxllm import config as config_lib
 from jaxllm.model import Params
-from sharding import guard, limits, timing
+from sharding import guard, kernels, limits, timing
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
@@ -296,7 +296,8 @@ def _expected(
 def _profile(folder: pathlib.Path, point: Point, generate: Any) -> None:
     """Writes a JAX profile of one prefill and a few decode steps.
 
-    Two files: NAME.trace.json.gz for Perfetto, NAME.xplane.pb for XProf.
+    Three files: NAME.trace.json.gz for Perfetto, NAME.xplane.pb for XProf, and what
+    kernels they show in NAME.kernels.txt, tab-separated.
     """
     name = f"{point.partition}_{point.rules}_batch{point.batch_size}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -306,3 +307,5 @@ def _profile(folder: pathlib.Path, point: Point, generate: Any) -> None:
         for suffix in ("trace.json.gz", "xplane.pb"):
             (found,) = pathlib.Path(scratch).rglob(f"*.{suffix}")
             shutil.copy(found, folder / f"{name}.{suffix}")
+    seen = kernels.read_kernels(folder / f"{name}.trace.json.gz")
+    (folder / f"{name}.kernels.txt").write_text(kernels.as_text(seen))

@@ -290,6 +290,7 @@ def test_the_command_times_profiles_and_goes_on(tmp_path: pathlib.Path) -> None:
     assert "peak memory" in first
     names = sorted(path.name for path in (tmp_path / "profile").iterdir())
     assert names == [
+        "tp1_megatron_batch2.kernels.txt",
         "tp1_megatron_batch2.trace.json.gz",
         "tp1_megatron_batch2.xplane.pb",
     ]

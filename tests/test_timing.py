@@ -1,8 +1,11 @@
 """Times are what the clock says, and every sample of them is kept."""
 
 import functools
+import gzip
 import itertools
+import json
 import math
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -11,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxllm.config import PRESETS
-from sharding import guard, timing
+from sharding import guard, kernels, timing
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
@@ -244,3 +247,30 @@ def test_our_own_process_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_driver_means_no_gpus() -> None:
     assert guard.gpus(lambda _: "") == []
     assert guard.before_start(lambda _: "") == []
+
+
+def test_kernels_of_a_profile_are_counted_once(tmp_path: pathlib.Path) -> None:
+    def named(what: str, name: str, **where: int) -> dict:
+        return {"ph": "M", "name": what, "args": {"name": name}, **where}
+
+    def ran(name: str, dur: float, **where: int) -> dict:
+        return {"ph": "X", "name": name, "ts": 1, "dur": dur, **where}
+
+    events = [
+        named("process_name", "/device:GPU:0", pid=1),
+        named("thread_name", "Stream #13(Compute)", pid=1, tid=13),
+        named("thread_name", "XLA Ops", pid=1, tid=99),
+        named("process_name", "/host:CPU", pid=7),
+        named("thread_name", "Stream of thoughts", pid=7, tid=1),
+        ran("gemm", 2.5, pid=1, tid=13),
+        ran("all_reduce", 28, pid=1, tid=13),
+        ran("gemm", 3.5, pid=1, tid=13),
+        ran("gemm", 2.5, pid=1, tid=99),
+        ran("python", 1000, pid=7, tid=1),
+    ]
+    file = tmp_path / "a.trace.json.gz"
+    file.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    found = kernels.read_kernels(file)
+    assert [(k.name, k.count) for k in found] == [("all_reduce", 1), ("gemm", 2)]
+    assert found[1].total_s == pytest.approx(6e-6)
+    assert "/device:GPU:0\t2\t6.0\t3.00\tgemm\n" in kernels.as_text(found)

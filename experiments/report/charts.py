@@ -209,7 +209,10 @@ def time_parts(
             customdata=[f"measured {units.seconds(time)}" for time in times],
             hovertemplate="%{y}: %{customdata}<extra></extra>",
         )
-    _totals(figure, labels, [end / size for end in ends], map(units.seconds, times))
+    # A dot would cover the beginning of the text.
+    space = "  " if question.measured else ""
+    texts = [space + units.seconds(time) for time in times]
+    _totals(figure, labels, [end / size for end in ends], texts)
     return _bars(figure, len(records), f"{unit}", 1.22 * max(ends) / size)
 
 
