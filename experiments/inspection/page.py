@@ -21,6 +21,7 @@ from experiments.report import units
 from experiments.report.record import Provenance
 
 _SIDES = ("before", "after")
+_MOST_ADVICE = 40
 _MOST_ROWS = 400  # of a table; what is left out is said
 
 
@@ -35,7 +36,7 @@ def one(answer: Answer, provenance: Provenance) -> str:
         time_bar=time_bar(answer),
         memory_bar=memory_bar(answer),
         peak=tables.size(a.memory.peak_bytes),
-        findings=tables.grouped(a.advice),
+        findings=tables.grouped(a.advice[:_MOST_ADVICE]),
         links=charts.links([answer], [""]),
         link_legend=_kinds([answer]),
         collectives=tables.collectives(answer, _MOST_ROWS),
@@ -46,7 +47,7 @@ def one(answer: Answer, provenance: Provenance) -> str:
         instructions=tables.instructions(answer, _MOST_ROWS),
         timeline=charts.timeline([answer], [""]),
         buffers=tables.buffers(answer, _MOST_ROWS),
-        loops=tables.loops(answer),
+        loops=tables.loops(answer, _MOST_ROWS),
         assumed=tables.assumed(answer),
         provenance=made_by(provenance),
     )
@@ -81,8 +82,8 @@ def two(found: Comparison, provenance: Provenance) -> str:
         lines=difference.lines(found, _MOST_ROWS),
         timeline=charts.timeline(found.answers, _SIDES),
         side_legend=list(zip(_SIDES, charts.SIDES, strict=True)),
-        new=tables.grouped(found.difference.advice_new),
-        gone=tables.grouped(found.difference.advice_gone),
+        new=tables.grouped(found.difference.advice_new[:_MOST_ADVICE]),
+        gone=tables.grouped(found.difference.advice_gone[:_MOST_ADVICE]),
         provenance=made_by(provenance),
     )
 

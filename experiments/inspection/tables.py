@@ -12,7 +12,7 @@ from experiments.inspection.answer import Answer
 from experiments.report import units
 from sharding.hlo.advice import Advice
 from sharding.hlo.memory import Buffer
-from sharding.hlo.records import Collective
+from sharding.hlo.records import Collective, Loop
 from sharding.hlo.roofline import Bound
 
 # What the time of an instruction is spent on; the words a reader sees.
@@ -183,24 +183,42 @@ def _ops(rows: Sequence[Buffer]) -> bool:
     return len({names.pattern(row.op_name) for row in rows}) == 1
 
 
-def loops(answer: Answer) -> Table:
-    """Returns one row for each loop, as it stands in the program."""
-    rows = []
-    for loop in answer.analysis.ledger.loops:
-        known = loop.trip_count is not None
-        trips = f"{loop.trip_count:g}" if known else "depends on data"
-        executions = f"{loop.executions:,}" if known else "1 iteration counted"
-        rows.append((
-            Cell(text=loop.name),
-            Cell(text=trips, order=loop.trip_count),
-            Cell(text=executions, order=loop.executions),
-            Cell(text=loop.source),
-            Cell(text=names.printable(loop.enclosing)),
-            Cell(text=names.short(loop.op_name), whole=loop.op_name),
-        ))  # fmt: skip
-    columns = ("loop", "iterations", "in one call", "line", "inside", "operation")
-    figures = frozenset(["iterations", "in one call"])
-    return Table(columns=columns, rows=tuple(rows), figures=figures)
+def loops(answer: Answer, limit: int | None = None) -> Table:
+    """Returns the loops of the program in order, those of many layers as one row."""
+    every = names.groups(answer.analysis.ledger.loops, _loop_key)
+    columns = ("loop", "loops", "iterations", "in one call", "line", "inside")
+    return Table(
+        columns=(*columns, "operation"),
+        rows=tuple(_loop(rows) for rows in every[:limit]),
+        figures=frozenset(["loops", "iterations", "in one call"]),
+        dispensable=("loops",),
+        left_out=len(every[limit:]) if limit else 0,
+    )
+
+
+def _loop_key(loop: Loop) -> tuple[object, ...]:
+    inside = names.loop_pattern(loop.enclosing)
+    return (loop.trip_count, loop.source, names.pattern(loop.op_name), inside)
+
+
+def _loop(rows: Sequence[Loop]) -> tuple[Cell, ...]:
+    first, executions = rows[0], sum(row.executions for row in rows)
+    is_known = first.trip_count is not None
+    op_name = names.alike([row.op_name for row in rows])
+    return (
+        Cell(text=names.printable(first.name if len(rows) == 1 else "while")),
+        Cell(text=f"{len(rows):,}", order=len(rows)),
+        Cell(
+            text=f"{first.trip_count:g}" if is_known else "depends on data",
+            order=first.trip_count,
+        ),
+        Cell(
+            text=f"{executions:,}" if is_known else "1 each counted", order=executions
+        ),
+        Cell(text=names.printable(first.source)),
+        Cell(text=names.trips(first.enclosing), whole=first.enclosing),
+        Cell(text=names.short(op_name), whole=op_name),
+    )
 
 
 def dumps(answer: Answer) -> Table:

@@ -48,7 +48,7 @@ def show(console: Console, answer: Answer, top: int) -> None:
     if answer.analysis.roofline:
         section(console, "Instructions", f"by least time on {_chip(answer)}")
         table(console, tables.instructions(answer, top))
-    loops = tables.loops(answer)
+    loops = tables.loops(answer, top)
     if loops.rows:
         section(console, "Loops", "")
         table(console, loops)
@@ -183,8 +183,10 @@ def warnings(console: Console, answer: Answer) -> None:
     found = tables.assumed(answer)
     if found:
         section(console, "Assumed", "")
-        for text in found:
+        for text in found[:_MOST_ADVICE]:
             console.print(Padding(Text(text, "dim"), (0, 0, 0, 2)))
+        if (left := len(found) - _MOST_ADVICE) > 0:
+            console.print(f"  and {left} more", style="dim")
 
 
 def table(console: Console, content: Table) -> None:
