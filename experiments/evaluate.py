@@ -116,13 +116,14 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
         for used in [target.first(partition.num_devices) if ask.fewer else target]
     ]
     sizes = {point.num_devices for point in points}
+    uses = "at most every device" if ask.fewer else "every device"
+    rule = f"A partition uses {uses} of its target once."
     for name in dict.fromkeys(point.partition for point in points):
         if (needed := Partition.parse(name).num_devices) not in sizes:
             have = ", ".join(f"{t.name} has {t.num_devices}" for t in known)
             wrong.append(
-                f"partition {name} needs {needed} devices; {have}. A partition uses"
-                " every device of its target once. Choose degrees whose product is"
-                " that number, or another target."
+                f"partition {name} needs {needed} devices; {have}. {rule} Choose degrees"
+                " whose product is that number, or another target."
             )
     return points, wrong
 
