@@ -127,6 +127,11 @@ class CollectiveFinder:
 
     def _groups(self, instruction: Instruction, key: str) -> Groups:
         text = instruction.require(key)
+        if text == "{}" and not self._module.says_num_devices:
+            raise ValueError(
+                "a collective of all devices, and the header does not say how many;"
+                f" pass the whole text: {instruction}"
+            )
         device_ids = instruction.attr("device_ids")
         if device_ids and text.startswith("mesh["):
             # A comma parts "mesh[...]" from "device_ids=(...) {...}".

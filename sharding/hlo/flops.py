@@ -19,6 +19,7 @@ from sharding.hlo.opcodes import (
     base_opcode,
 )
 from sharding.hlo.reader import Computation, Instruction, Module
+from sharding.hlo.shapes import Shape
 from sharding.hlo.windows import convolution_products, parse_window, reduced_positions
 
 
@@ -76,6 +77,8 @@ class FlopCounter:
                 operands[0].dims[d] for d in instruction.ints("lhs_contracting_dims")
             ]
             flops = 2 * out.size * math.prod(contracted)
+            if opcode == "dot":
+                _check_dot(instruction, operands[0], operands[1], flops // 2)
             return Flops(flops, flops)
         if opcode == "convolution":
             flops = 2 * convolution_products(
@@ -91,7 +94,7 @@ class FlopCounter:
         return self.of_computation(self._module.computation(name, instruction))
 
     def _of_applying(
-        self, opcode: str, instruction: Instruction, operands: list
+        self, opcode: str, instruction: Instruction, operands: list[Shape]
     ) -> int:
         """Returns the FLOPs of operations that apply a computation or an algorithm."""
         first = operands[0] if operands else instruction.shape.leaves[0]
@@ -131,3 +134,17 @@ class FlopCounter:
         if opcode == "rng-bit-generator":
             return instruction.shape.leaves[-1].size
         raise AssertionError(f"opcode {opcode} is in SPECIAL but not costed")
+
+
+def _check_dot(instruction: Instruction, lhs: Shape, rhs: Shape, products: int) -> None:
+    """Raises ValueError unless the sizes are those of a product.
+
+    lhs x rhs has each batch size twice, each contracted size twice, and every other
+    size once; the multiply-adds have each once.
+    """
+    twice = [lhs.dims[d] for d in instruction.ints("lhs_batch_dims")]
+    twice += [lhs.dims[d] for d in instruction.ints("lhs_contracting_dims")]
+    again = [rhs.dims[d] for d in instruction.ints("rhs_batch_dims")]
+    again += [rhs.dims[d] for d in instruction.ints("rhs_contracting_dims")]
+    if twice != again or lhs.size * rhs.size != products * math.prod(twice):
+        raise ValueError(f"sizes do not fit in instruction: {instruction}")

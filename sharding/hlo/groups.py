@@ -40,27 +40,41 @@ def parse_groups(text: str, num_devices: int) -> Groups:
       num_devices: devices of the program; `{}` means one group of them all.
 
     Raises:
-      ValueError: a spelling not listed at the top of this file.
+      ValueError: a spelling not listed at the top of this file, or ids that this many
+        devices cannot have.
     """
-    stripped = text.strip()
+    groups = _spelled(text.strip(), num_devices)
+    if groups is None:
+        raise ValueError(
+            f"replica groups {text!r} of {num_devices} devices are in no known"
+            " spelling; known are {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0) and"
+            " mesh['a'=2,'b'=4] {'b'}."
+        )
+    highest = max(itertools.chain.from_iterable(groups), default=0)
+    if highest >= num_devices:
+        raise ValueError(
+            f"replica groups {text!r} name device {highest}; the header of the text"
+            f" says that there are {num_devices}. Ids are below that number. Pass the"
+            " whole text, header included."
+        )
+    return groups
+
+
+def _spelled(stripped: str, num_devices: int) -> Groups | None:
+    """Returns the groups of any known spelling, or None."""
     if match := _ID_LISTS.fullmatch(stripped):
         groups = tuple(_ints(g) for g in re.findall(r"\{([\d,\s]*)\}", match[1]))
         groups = tuple(g for g in groups if g)
         return groups or (tuple(range(num_devices)),)
     if match := _IOTA.fullmatch(stripped):
         sizes, dims, order = (_ints(g) for g in match.groups(default=""))
-        ids = _iota(dims, order) if _is_sane(dims, order) else ()
-        if ids and math.prod(sizes) == len(ids):
+        fits = _is_sane(dims, order) and math.prod(sizes) == math.prod(dims)
+        if fits and (ids := _iota(dims, order)):
             # The leading sizes number the groups, the last is a group's size.
             return _chunks(ids, sizes[-1])
     if match := _MESH.fullmatch(stripped):
-        groups = _mesh_groups(match, num_devices)
-        if groups is not None:
-            return groups
-    raise ValueError(
-        f"replica groups {text!r} of {num_devices} devices are in no known spelling;"
-        " known: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['a'=2,'b'=4] {'b'}."
-    )
+        return _mesh_groups(match)
+    return None
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -85,7 +99,7 @@ def _iota(dims: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(index) for index in itertools.product(*ranges))
 
 
-def _mesh_groups(match: re.Match[str], num_devices: int) -> Groups | None:
+def _mesh_groups(match: re.Match[str]) -> Groups | None:
     """Returns the groups of `mesh[...] {...}`, or None if it makes no sense."""
     names, sizes = [], []
     for axis in match["axes"].split(","):

@@ -66,8 +66,8 @@ def read_ledger(
             f"axes {dict(axes)} are {namer.num_devices} devices, the program runs on"
             f" {module.num_devices}; pass the mesh it was compiled for."
         )
-    walker = _Walker(module, namer, kernels or {}, trip_counts or {})
     try:
+        walker = _Walker(module, namer, kernels or {}, trip_counts or {})
         walker.walk(module.entry, Scope(), "")
     except RecursionError:
         raise ValueError(
@@ -143,23 +143,37 @@ class _Walker:
         if not scope.count:
             return
         for instruction in computation.instructions:
-            opcode = base_opcode(instruction)
-            if opcode == "while":
-                self._while(instruction, computation, scope, loop)
-            elif opcode == "conditional":
-                self._conditional(instruction, computation, scope, loop)
-            elif opcode in ("call", "async-start"):
-                name = instruction.called("to_apply") or instruction.called("calls")
-                called = self._module.computation(name, instruction)
-                self._enter(called, instruction.operands, computation, scope, loop)
-            elif opcode == "custom-call" and (
-                name := custom_calls.offloaded(instruction)
-            ):
-                self.walk(self._module.computation(name, instruction), scope, loop)
-            elif opcode in TRANSFERS:
-                self._transfer(instruction)
-            elif opcode and opcode not in FREE:
-                self._run(instruction, computation, scope, loop)
+            try:
+                self._step(instruction, computation, scope, loop)
+            except (ArithmeticError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"the parts do not fit together ({error!r}): {instruction}"
+                ) from error
+
+    def _step(
+        self,
+        instruction: Instruction,
+        computation: Computation,
+        scope: Scope,
+        loop: str,
+    ) -> None:
+        opcode = base_opcode(instruction)
+        if opcode == "while":
+            self._while(instruction, computation, scope, loop)
+        elif opcode == "conditional":
+            self._conditional(instruction, computation, scope, loop)
+        elif opcode in ("call", "async-start"):
+            name = instruction.called("to_apply") or instruction.called("calls")
+            called = self._module.computation(name, instruction)
+            self._enter(called, instruction.operands, computation, scope, loop)
+        elif opcode == "custom-call" and (name := custom_calls.offloaded(instruction)):
+            self.walk(self._module.computation(name, instruction), scope, loop)
+        elif opcode in TRANSFERS:
+            self._transfer(instruction)
+        elif opcode == "":
+            _check_done(instruction, computation)
+        elif opcode not in FREE:
+            self._run(instruction, computation, scope, loop)
 
     def _run(
         self,
@@ -170,10 +184,10 @@ class _Walker:
     ) -> None:
         try:
             self._count(instruction, computation, scope, loop)
-        except (ArithmeticError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"the parts do not fit together ({error!r}): {instruction}"
-            ) from error
+        except ValueError as error:
+            if str(instruction) in str(error):
+                raise
+            raise ValueError(f"{error}: {instruction}") from error
 
     def _count(
         self,
@@ -309,6 +323,19 @@ class _Walker:
             raise ValueError(
                 f"point-to-point send and recv are not costed yet: {instruction}"
             )
+
+
+def _check_done(instruction: Instruction, computation: Computation) -> None:
+    """Raises ValueError if what this instruction ends was never seen to start."""
+    stem = instruction.opcode.rpartition("-")[0]
+    (operand, *_) = computation.operands(instruction)
+    # A loop may end what the iteration before started.
+    carried = ("get-tuple-element", "parameter", "bitcast", "copy", "opt-barrier")
+    if operand.opcode not in (f"{stem}-start", f"{stem}-update", stem, *carried):
+        raise ValueError(
+            f"it ends a {stem} that %{operand.name} = {operand.opcode} does not start:"
+            f" {instruction}"
+        )
 
 
 def _merge(

@@ -305,10 +305,13 @@ def evaluate(expression: Expression, state: State) -> Expression:
         return values[1] if values[0] else values[2]
     if not all(isinstance(v, int) for v in values):
         return None
+    if op.startswith("shift") and not 0 <= values[1] < 64:
+        return None
     try:
-        return int(_OPS[op](*values))
+        value = int(_OPS[op](*values))
     except (ArithmeticError, ValueError):
         return None
+    return value if abs(value) < 1 << 64 else None  # would have wrapped around
 
 
 class _Follower:

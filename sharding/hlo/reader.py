@@ -12,7 +12,7 @@ stay text until `Instruction.attr` is asked for one.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sharding.hlo.shapes import Shape, parse_shape
 
@@ -30,6 +30,7 @@ _FLAT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}|"(?:[^"\\]|\\.)*"')
 _ESCAPES = re.compile(r"(?:\\[0-7]{3})+|\\(.)")
 _CONTROL = {"n": "\n", "t": "\t", "r": "\r"}
 _KEY = re.compile(r"\s*,?\s*([\w.\-]+)=")
+_MAX_DEVICES = 1 << 20
 _NUM_PARTITIONS = re.compile(r"[ ,]num_partitions=(\d+)")
 _REPLICA_COUNT = re.compile(r"[ ,]replica_count=(\d+)")
 
@@ -98,7 +99,10 @@ class Computation:
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        return {i.name: i for i in self.instructions}
+        found = {i.name: i for i in self.instructions}
+        if len(found) < len(self.instructions):
+            _refuse_twice(self.name, self.instructions)
+        return found
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -153,6 +157,13 @@ class Module:
     @property
     def num_devices(self) -> int:
         return self.num_replicas * self.num_partitions
+
+    @property
+    def says_num_devices(self) -> bool:
+        """Whether the header gives a number; without one it is 1."""
+        return bool(
+            _NUM_PARTITIONS.search(self.header) or _REPLICA_COUNT.search(self.header)
+        )
 
     @functools.cached_property
     def is_tpu(self) -> bool:
@@ -318,14 +329,23 @@ def _closing(text: str, start: int, line: str) -> int:
     raise ValueError(f"unbalanced parentheses in instruction: {line.strip()}")
 
 
-def _with_elements(body: list[Instruction]) -> tuple[Instruction, ...]:
+def _refuse_twice(computation: str, body: Iterable[Instruction]) -> None:
+    seen: set[str] = set()
+    for instruction in body:
+        if instruction.name in seen:
+            raise ValueError(f"twice in computation %{computation}: {instruction}")
+        seen.add(instruction.name)
+
+
+def _with_elements(name: str, body: list[Instruction]) -> tuple[Instruction, ...]:
     """Returns `body` with a get-tuple-element before the first use of each `%a#1`."""
     if not any("#" in name for i in body for name in i.operands):
         return tuple(body)
+    _refuse_twice(name, body)
     found: dict[str, Instruction] = {}
     for instruction in body:
-        for name in instruction.operands:
-            parts = name.split("#")
+        for operand in instruction.operands:
+            parts = operand.split("#")
             for k in range(1, len(parts)):
                 whole, element = "#".join(parts[:k]), "#".join(parts[: k + 1])
                 index = int(parts[k])
@@ -360,13 +380,17 @@ def read_module(text: str) -> Module:
     name: str | None = None
     is_entry = False
     body: list[Instruction] = []
+    has_elements = "#" in text
     # Not splitlines: names may hold characters that it takes for the end of a line.
     for line in text.replace("\r\n", "\n").split("\n"):
         if name is not None:
             if line.startswith("}"):
                 if not body:
                     raise ValueError(f"computation %{name} is empty.")
-                done = Computation(name=name, instructions=_with_elements(body))
+                if name in computations:
+                    raise ValueError(f"computation %{name} is there twice.")
+                whole = _with_elements(name, body) if has_elements else tuple(body)
+                done = Computation(name=name, instructions=whole)
                 computations[name] = done
                 entry = done if is_entry else entry
                 name, body = None, []
@@ -397,12 +421,20 @@ def read_module(text: str) -> Module:
                 " whole text of one module."
             )
         entry = next(iter(computations.values()))
-    partitions, replicas = _NUM_PARTITIONS.search(header), _REPLICA_COUNT.search(header)
+    partitions, replicas = (
+        int(found[1]) if (found := pattern.search(header)) else 1
+        for pattern in (_NUM_PARTITIONS, _REPLICA_COUNT)
+    )
+    if not 0 < partitions * replicas <= _MAX_DEVICES:
+        raise ValueError(
+            f"{replicas} replicas of {partitions} partitions; a program has at least"
+            f" one device and at most {_MAX_DEVICES}: {header}"
+        )
     return Module(
         header=header,
         computations=computations,
         entry=entry,
         tables={key: tuple(rows) for key, rows in tables.items()},
-        num_partitions=int(partitions[1]) if partitions else 1,
-        num_replicas=int(replicas[1]) if replicas else 1,
+        num_partitions=partitions,
+        num_replicas=replicas,
     )

@@ -78,7 +78,10 @@ def parse_shape(text: str) -> Shape:
       ValueError: `text` is no shape, or its element type is unknown.
     """
     clean = _COMMENT.sub("", text).strip()
-    shape, end = _parse(clean, 0, text)
+    try:
+        shape, end = _parse(clean, 0, text)
+    except RecursionError:
+        raise ValueError(f"shape {text[:80]!r}... nests hundreds deep.") from None
     if end != len(clean):
         raise ValueError(f"shape {text!r}: cannot read {clean[end:]!r}.")
     return shape

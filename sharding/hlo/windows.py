@@ -12,6 +12,8 @@ import re
 
 from sharding.hlo.reader import Instruction
 
+_MAX_LOOP = 1 << 22  # positions looked at one by one; seconds
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowDim:
@@ -57,6 +59,8 @@ def valid_positions(dim: WindowDim, in_size: int, out_size: int) -> int:
     last = (in_size - 1) * dim.lhs_dilate
     if in_size < 1:
         return 0
+    if min(dim.size, out_size) > _MAX_LOOP or min(dim.stride, dim.rhs_dilate) < 1:
+        raise ValueError(f"no window slides like {dim} over {in_size} to {out_size}")
     # Loop over the shorter of the two, count the other in closed form.
     if dim.size <= out_size:
         few, few_step, many, many_step = dim.size, dim.rhs_dilate, out_size, dim.stride
