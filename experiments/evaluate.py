@@ -122,8 +122,8 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
         if (needed := Partition.parse(name).num_devices) not in sizes:
             have = ", ".join(f"{t.name} has {t.num_devices}" for t in known)
             wrong.append(
-                f"partition {name} needs {needed} devices; {have}. {rule} Choose degrees"
-                " whose product is that number, or another target."
+                f"partition {name} needs {needed} devices; {have}. {rule} Choose"
+                " degrees whose product is that number, or another target."
             )
     return points, wrong
 
