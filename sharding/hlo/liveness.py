@@ -20,6 +20,7 @@ program is yet to be written are put there. Buffers in other memory spaces count
 nothing.
 """
 
+import bisect
 import dataclasses
 import functools
 import heapq
@@ -49,7 +50,7 @@ _TAKES_OVER = ELEMENTWISE_MOVES | {"all-reduce-start", "sort"}
 
 
 _LENT = 32  # outputs whose place is lent
-_LODGED = 4096  # temporaries that are considered for them
+_LODGED = 1 << 16  # temporaries that are considered for them
 
 
 class Value:
@@ -406,17 +407,21 @@ def _lend_outputs(module: Module, schedule: Schedule) -> None:
         result = schedule.results[leaf_at(module.entry.root.shape, output)]
         read_until[id(result)] = spans[id(argument)][1]
     outputs = {id(v): v for v in schedule.results if v.given < 0 and v.num_bytes}
+    never = moments + 1
     places = [
-        (v.num_bytes, [(-1, read_until.get(id(v), -1)), (spans[id(v)][0], moments)])
+        (
+            v.num_bytes,
+            [(-1, read_until.get(id(v), -1)), (spans[id(v)][0], never), (never, never)],
+        )
         for v in heapq.nlargest(_LENT, outputs.values(), key=lambda v: v.num_bytes)
     ]
     for value in heapq.nlargest(_LODGED, free, key=lambda v: v.num_bytes):
-        first, last = spans[id(value)]
+        span = spans[id(value)]
         for num_bytes, taken in places:
-            if value.num_bytes <= num_bytes and all(
-                last < start or end < first for start, end in taken
-            ):
-                taken.append((first, last))
+            after = bisect.bisect(taken, span)
+            is_free = taken[after - 1][1] < span[0] and span[1] < taken[after][0]
+            if value.num_bytes <= num_bytes and is_free:
+                taken.insert(after, span)
                 value.is_lodged = True
                 break
 
