@@ -161,7 +161,9 @@ class Generator:
                 self._params = self.model.load(
                     programs[0].layout,
                     self._mesh,
-                    lambda done, total: tell(f"Compiling, loading {done}/{total}"),
+                    lambda done, total: tell(
+                        f"Compiling, loading part {done} of {total}"
+                    ),
                 )
                 tell("Compiling")
             prefill, decode = compiled

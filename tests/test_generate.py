@@ -258,9 +258,11 @@ def test_bad_input_is_refused_before_anything_long(
 
 def test_everything_wrong_is_said_at_once(ask: Ask) -> None:
     _, wrong = prompting.plan(
-        dataclasses.replace(ask, partition="x", temperature=-1.0, prompts=(), seed=-1)
+        dataclasses.replace(
+            ask, partition="x", temperature=-1.0, top_k=-1, prompts=(), seed=-1
+        )
     )
-    assert len(wrong) == 4
+    assert len(wrong) == 5
 
 
 def test_without_the_package_or_its_weights_it_says_how_to_get_them(
