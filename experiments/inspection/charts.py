@@ -42,6 +42,7 @@ _INK, _FAINT, _GRID, _PAPER = THEME
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _LARGEST_PX, _NAMED, _LISTED = 46, 5, 6
 _LEAST_FLOPS_PER_BYTE = 0.01
+_PLOT_PX, _LETTER_PX, _LINE_PX, _LEAD_PX = (1080, 380), 5.9, 16, 24
 _WORTH_A_NAME = 0.02  # of the time of all points
 _ROW_PX, _FRAME_PX = 34, 56
 
@@ -68,7 +69,7 @@ def roofline(answer: Answer) -> Figure | None:
     slope = found.hbm_bytes_per_s
     least = min([row.flops_per_byte for row in working], default=1.0)
     most = max([row.flops_per_byte for row in working], default=1.0)
-    left, right = min(least, 1.0) / 8, 20 * max(top / slope, most)
+    left, right = min(least, 1.0) / 8, 30 * max(top / slope, most)
     figure = go.Figure()
     for name, peak in peaks.items():
         dash = "dot" if name == "vector" and len(peaks) > 1 else "solid"
@@ -94,8 +95,9 @@ def roofline(answer: Answer) -> Figure | None:
             customdata=[_hover(answer, row) for row in chosen],
             hovertemplate="%{customdata}<extra></extra>",
         )
-    _name_largest(figure, working)
     low, high = left * slope / 2, 6 * top
+    logs = [math.log10(value) for value in (left, right, low, high)]
+    _name_largest(figure, working, (logs[0], logs[1]), (logs[2], logs[3]))
     figure.update_layout(
         height=440,
         xaxis=_log_axis("FLOPs for each byte of memory traffic", left, right, ""),
@@ -144,29 +146,51 @@ def _ring(
     )
 
 
-def _name_largest(figure: go.Figure, rows: Sequence[Bound]) -> None:
-    """Writes the names of the points that take longest, where they do not collide."""
-    taken: list[float] = []
+def _name_largest(
+    figure: go.Figure,
+    rows: Sequence[Bound],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+) -> None:
+    """Writes the names of the points that take longest, below each other if close.
+
+    Ranges are of the logarithmic axes; places are reckoned for a page of full width.
+    """
     total_s = sum(row.time_s for row in rows)
+    taken: list[tuple[float, float, float]] = []  # left, right, y of names, in pixels
+    points: list[float] = []
     for row in sorted(rows, key=lambda row: -row.time_s):
-        if len(taken) == _NAMED or row.time_s < _WORTH_A_NAME * total_s:
+        if len(points) == _NAMED or row.time_s < _WORTH_A_NAME * total_s:
             break
-        place = math.log10(row.flops_per_byte)
-        if any(abs(place - other) < 0.25 for other in taken):
+        x, y = math.log10(row.flops_per_byte), math.log10(row.flops / row.time_s)
+        if any(abs(x - other) < 0.1 for other in points):
             continue
-        taken.append(place)
+        points.append(x)
+        text = f"{names.short(row.op_name, 24) or row.name} {row.source}"
+        at = _PLOT_PX[0] * (x - x_range[0]) / (x_range[1] - x_range[0])
+        height = _PLOT_PX[1] * (y_range[1] - y) / (y_range[1] - y_range[0])
+        width = _LETTER_PX * len(text)
+        is_right = at + _LEAD_PX + width > _PLOT_PX[0]
+        left = at - _LEAD_PX - width if is_right else at + _LEAD_PX
+        down = 30
+        while any(
+            left < b and a < left + width and abs(height + down - c) < _LINE_PX
+            for a, b, c in taken
+        ):
+            down += _LINE_PX
+        taken.append((left, left + width, height + down))
         figure.add_annotation(
-            x=place,
-            y=math.log10(row.flops / row.time_s),
-            text=_escaped(f"{names.short(row.op_name, 28) or row.name} {row.source}"),
+            x=x,
+            y=y,
+            text=_escaped(text),
             font=dict(size=11, color=_INK),
             showarrow=True,
             arrowhead=0,
             arrowwidth=0.8,
             arrowcolor=_FAINT,
-            ax=24,
-            ay=34,
-            xanchor="left",
+            ax=-_LEAD_PX if is_right else _LEAD_PX,
+            ay=down,
+            xanchor="right" if is_right else "left",
         )
 
 

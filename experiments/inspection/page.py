@@ -147,6 +147,7 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals["marks"] = {**charts.LIMITS, **charts.KINDS, **charts.BUFFERS}
+    environment.filters["tail"] = names.tail
     scripts = [plotly.offline.get_plotlyjs()]
     scripts.append((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
     return environment.get_template(template).render(
