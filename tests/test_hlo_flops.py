@@ -87,11 +87,11 @@ M, N, K, B = 3, 5, 7, 2
         (f"f32[{B},{M},{K}]", f"f32[{B},{K},{N}]",
          f"f32[{B},{M},{N}] dot(%a, %b), lhs_batch_dims={{0}},"
          " lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}"),
-        # batch as a spatial dimension of the window, as TPU writes it: padded, and
+        # batch as a spatial dimension of the window, as TPU writes it: dilated, and
         # only the position where lhs and rhs have the same batch index counts
         (f"f32[{B},{M},{K}]", f"f32[{B},{K},{N}]",
          f"f32[{B},{M},{N}] convolution(%a, %b), window={{size={B} stride={B - 1}"
-         f" pad=0_{B - 1} lhs_dilate={B}}}, dim_labels=0bf_0io->0bf"),
+         f" lhs_dilate={B}}}, dim_labels=0bf_0io->0bf"),
         (f"f32[{B},{M},{K}]", f"f32[{B},{K},{N}]",
          f'(f32[{B},{M},{N}], s8[4096]) custom-call(%a, %b), custom_call_target='
          '"__cublas$lt$matmul", backend_config={"gemm_backend_config":{"epilogue":'

@@ -330,7 +330,7 @@ def _check_done(instruction: Instruction, computation: Computation) -> None:
     stem = instruction.opcode.rpartition("-")[0]
     (operand, *_) = computation.operands(instruction)
     # A loop may end what the iteration before started.
-    carried = ("get-tuple-element", "parameter", "bitcast", "copy", "opt-barrier")
+    carried = ("get-tuple-element", "bitcast", "copy", "opt-barrier")
     if operand.opcode not in (f"{stem}-start", f"{stem}-update", stem, *carried):
         raise ValueError(
             f"it ends a {stem} that %{operand.name} = {operand.opcode} does not start:"

@@ -22,30 +22,41 @@ class WindowDim:
     size: int
     stride: int = 1
     pad_low: int = 0
+    pad_high: int = 0
     lhs_dilate: int = 1
     rhs_dilate: int = 1
+
+    def results(self, in_size: int) -> int:
+        """Returns how many positions the window takes over `in_size` elements."""
+        dilated = (in_size - 1) * self.lhs_dilate + 1 if in_size else 0
+        room = dilated + self.pad_low + self.pad_high
+        reach = (self.size - 1) * self.rhs_dilate + 1
+        return (room - reach) // self.stride + 1 if room >= reach else 0
 
 
 def parse_window(text: str) -> tuple[WindowDim, ...]:
     """Returns the dimensions of `{size=3x2 stride=2x1 pad=1_1x0_0 ...}`."""
     fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
 
-    def numbers(key: str, default: str) -> list[int]:
+    def numbers(key: str, default: str, end: int = 0) -> list[int]:
         parts = fields[key].split("x") if key in fields else [default] * count
-        return [int(p.split("_")[0]) for p in parts]
+        return [int(p.split("_")[end]) for p in parts]
 
     count = len(fields["size"].split("x")) if "size" in fields else 0
     columns = zip(
         numbers("size", "1"),
         numbers("stride", "1"),
         numbers("pad", "0"),
+        numbers("pad", "0", -1),
         numbers("lhs_dilate", "1"),
         numbers("rhs_dilate", "1"),
         strict=True,
     )
     return tuple(
-        WindowDim(size=s, stride=t, pad_low=p, lhs_dilate=ld, rhs_dilate=rd)
-        for s, t, p, ld, rd in columns
+        WindowDim(
+            size=s, stride=t, pad_low=low, pad_high=high, lhs_dilate=ld, rhs_dilate=rd
+        )
+        for s, t, low, high, ld, rd in columns
     )
 
 
@@ -110,7 +121,7 @@ def convolution_products(
     """Returns the multiply-adds of a convolution with these sizes.
 
     Raises:
-      ValueError: `dim_labels` cannot be read or does not fit the sizes.
+      ValueError: `dim_labels` or `window` cannot be read or do not fit the sizes.
     """
     labels = re.fullmatch(
         r"([\w?]+)_([\w?]+)->([\w?]+)", instruction.require("dim_labels")
@@ -125,13 +136,22 @@ def convolution_products(
             f"dim_labels do not fit the shapes in instruction: {instruction}"
         )
     left, kernel, result = labels.groups()
-    groups = int(instruction.attr("batch_group_count") or 1)
-    products = lhs[left.index("b")] // groups
-    products *= rhs[kernel.index("i")] * out[result.index("f")]
+    batches = int(instruction.attr("batch_group_count") or 1)
+    features = int(instruction.attr("feature_group_count") or 1)
+    at = lambda sizes, names, label: sizes[names.index(label)]
+    fits = [
+        len(window) == len(lhs) - 2,
+        at(lhs, left, "b") == at(out, result, "b") * batches,
+        at(lhs, left, "f") == at(rhs, kernel, "i") * features,
+        at(rhs, kernel, "o") == at(out, result, "f"),
+    ]
+    products = at(out, result, "b") * at(rhs, kernel, "i") * at(out, result, "f")
     for axis, dim in enumerate(window):
         label = str(axis)
-        size = dataclasses.replace(dim, size=rhs[kernel.index(label)])
-        products *= valid_positions(
-            size, lhs[left.index(label)], out[result.index(label)]
-        )
+        in_size, out_size = at(lhs, left, label), at(out, result, label)
+        fits.append(dim.size == at(rhs, kernel, label))
+        fits.append(dim.results(in_size) == out_size)
+        products *= valid_positions(dim, in_size, out_size)
+    if not all(fits):
+        raise ValueError(f"sizes do not fit in instruction: {instruction}")
     return products
