@@ -126,7 +126,7 @@ def find_advice(
     for argument in memory.arguments:
         lost = argument.num_bytes - argument.aliased_bytes
         if argument.is_donated and lost > share:
-            name = f"{argument.name}, {argument.shape}"
+            name = f"{argument.name} {argument.shape}"
             evidence = f"{figure_bytes(lost)} of {figure_bytes(argument.num_bytes)}"
             evidence += " are in no output's place"
             what = f"{name} is donated in vain"
