@@ -23,6 +23,7 @@ from rich.console import Console
 from experiments.inspection import inputs, names, page, record, tables, terminal
 from experiments.inspection.answer import Answer, answer
 from experiments.inspection.difference import Comparison
+from experiments.inspection.dumps import list_dumps
 from experiments.inspection.inputs import FileQuestion, ProgramQuestion
 from experiments.report import provenance
 from sharding.chips import CHIPS
@@ -326,12 +327,12 @@ def test_short_names_keep_what_tells_them_apart() -> None:
 def test_a_folder_lists_its_programs(
     texts: tuple[str, str], folder: pathlib.Path
 ) -> None:
-    every = {dump.name for dump in inputs.dumps(folder)}
+    every = {dump.name for dump in list_dumps(folder)}
     assert every == {
         "module_0003.jit_step", "module_0007.jit_step", "module_0008.jit_f",
         "module_0009.jit_g",
     }  # fmt: skip
-    largest = max(inputs.dumps(folder), key=lambda dump: dump.size_bytes)
+    largest = max(list_dumps(folder), key=lambda dump: dump.size_bytes)
     subject = inputs.read(FileQuestion(path=str(folder), mesh=AXES))
     assert [dump.name for dump in subject.dumps if dump.is_chosen] == [largest.name]
     chosen = inputs.read(FileQuestion(path=str(folder), module="jit_g"))

@@ -6,6 +6,7 @@ before that, and all other work is compared by the line of source it comes from.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from experiments.inspection import names
 from experiments.inspection.answer import Answer
@@ -213,7 +214,7 @@ def _line(row: Line) -> tuple[Cell, ...]:
     )
 
 
-def _both(pair: tuple[int, int], spell) -> str:
+def _both(pair: tuple[int, int], spell: Callable[[float], str]) -> str:
     return (
         _pair([spell(value) if value else "0" for value in pair]) if any(pair) else "-"
     )

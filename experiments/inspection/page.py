@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import plotly.offline
 
-from experiments.inspection import charts, difference, names, tables
+from experiments.inspection import charts, difference, names, roofline, tables
 from experiments.inspection.answer import Answer
 from experiments.inspection.difference import Comparison
 from experiments.report import units
@@ -40,7 +40,7 @@ def one(answer: Answer, provenance: Provenance) -> str:
         links=charts.links([answer], [""]),
         link_legend=_kinds([answer]),
         collectives=tables.collectives(answer, _MOST_ROWS),
-        roofline=charts.roofline(answer),
+        roofline=roofline.plot(answer),
         limits=[(tables.LIMITS[n], charts.LIMITS[n]) for n in ("compute", "hbm")],
         chip=answer.chip.title,
         is_assumed=answer.is_assumed,
