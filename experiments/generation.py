@@ -24,6 +24,7 @@ from sharding.program import CompiledProgram, Phase, Program
 from sharding.target import Target
 
 _LEAST_BUCKET = 16
+_WARM_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,12 @@ class Generator:
                 tell("Compiling")
             prefill, decode = compiled
         self._compiled[input_len] = prefill, decode
+        if self.target.platform != "cpu":
+            # The first calls open connections and record graphs; text is not to wait.
+            tell("Warming up")
+            unsaid = Prompt(text="", tokens=(0,) * max(lengths))
+            for _ in itertools.islice(self.steps([unsaid], 0), _WARM_STEPS):
+                pass
 
     def start(self, prompts: Sequence[Prompt], seed: int = 0) -> "Batch":
         """Returns a batch whose text is made as it is iterated.
