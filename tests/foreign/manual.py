@@ -373,3 +373,23 @@ def same_operand_twice(mesh: Mesh) -> Program:
         outputs_bytes=2 * x + y,
         sends={("data", "all-reduce"): (1, x + y)},
     )
+
+
+@foreign(data=8)
+def uneven_groups(mesh: Mesh) -> Program:
+    """Sums over groups that are no axis of the mesh: their devices are spelled out."""
+    m, n = 64, 136
+
+    @_mapped(mesh, P("data"), P("data"))
+    def run(x):
+        groups = [[0, 3, 5, 6], [1, 2, 4, 7]]
+        return lax.all_gather(x, "data", axis_index_groups=groups, tiled=True)
+
+    piece = m // 8 * n * 4
+    return Program(
+        function=run,
+        arguments=(array(mesh, (m, n), "data"),),
+        matmul_flops=0,
+        outputs_bytes=4 * piece,
+        sends={("devices {0,3,5,6},{1,2,4,7}", "all-gather"): (1, 4 * piece)},
+    )
