@@ -1,5 +1,6 @@
 """What a person is told to look at is there, and what is not there is not told."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -9,7 +10,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.hlo import Advice, Analysis, analyze
+from jaxllm.config import PRESETS
+from jaxllm.model import Layers
+from sharding.hlo import Advice, Analysis, analyze, assert_donated
+from sharding.partition import Partition, Workload
+from sharding.program import Phase, Program
+from sharding.target import parse_target
 
 DATA = pathlib.Path(__file__).parent / "data" / "hlo"
 MESHES = {
@@ -216,3 +222,42 @@ def test_most_bytes_come_first() -> None:
     sizes = [advice.num_bytes for advice in found.advice]
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) > 3
+
+
+@pytest.mark.parametrize(
+    ("target", "partition", "phase", "layers", "possible"),
+    [
+        ("h100:8", "tp8", "decode", "unrolled", set()),
+        ("v5p:2x2x2", "tp8", "decode", "scanned", set()),
+        ("v5p:2x2x2", "tp4_pp2", "decode", "scanned", set()),
+        # All-reduces of 134 MB that the next product waits for.
+        ("h100:8", "tp8", "prefill", "unrolled", {"not-overlapped"}),
+        # A scan slices the cache of every layer out of its stack, older compilers
+        # every weight too.
+        ("h100:8", "tp8", "decode", "scanned", {"argument-copied", "cache-copied"}),
+        # Older CPU compilers multiply in float32, so the weights are widened first.
+        ("cpu:8", "tp8", "decode", "unrolled", {"widened-copy", "cache-copied"}),
+    ],
+)
+def test_our_own_programs(
+    target: str, partition: str, phase: Phase, layers: Layers, possible: set[str]
+) -> None:
+    program = Program(
+        phase=phase,
+        config=dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2),
+        partition=Partition.parse(partition, "megatron"),
+        workload=Workload(batch_size=16, input_len=2048, output_len=128),
+        layers=layers,
+    )
+    executable = program.compile(parse_target(target)).executable
+    # The mesh is that of the arguments.
+    found = analyze(executable)
+    assert found.axes == dict(program.partition.axes)
+    assert kinds(found) <= possible
+    assert bool(found.advice) == bool(possible)
+    if layers == "unrolled" and phase == "decode":
+        assert_donated(executable, 1)
+    memory = found.memory
+    assert memory.xla is not None
+    assert memory.argument_bytes == memory.xla.argument_bytes
+    assert memory.peak_bytes == pytest.approx(memory.xla.total_bytes, rel=0.1)

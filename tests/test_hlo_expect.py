@@ -1,5 +1,6 @@
 """Assertions for other people's tests: they hold, or say which line does not."""
 
+import pathlib
 import re
 
 import jax
@@ -199,3 +200,11 @@ def test_memory(step) -> None:
     assert_memory_below(step, most + 1)
     with pytest.raises(AssertionError, match=r"must be below.*(?s:.*)weights\[0\]"):
         assert_memory_below(step, most)
+
+
+def test_the_examples_in_the_docs_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    page = pathlib.Path(__file__).parents[1] / "docs" / "inspecting.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {"__name__": page.name})
+    assert "removed  tensor  all-gather" in capsys.readouterr().out
