@@ -5,7 +5,8 @@ import time
 import pytest
 
 from sharding.hlo import Shape, parse_shape, read_ledger, read_module
-from sharding.hlo.reader import attributes, read_instruction
+from sharding.hlo.attributes import attributes
+from sharding.hlo.reader import read_instruction
 from sharding.hlo.source import read_sources
 
 

@@ -9,7 +9,8 @@ gathered argument has a name and no line, and gets that of the first that uses i
 import dataclasses
 import re
 
-from sharding.hlo.reader import Computation, Instruction, Module, unquote
+from sharding.hlo.attributes import unquote
+from sharding.hlo.reader import Computation, Instruction, Module
 
 _ROW = re.compile(r"\s*(\d+)\s+(.*)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
