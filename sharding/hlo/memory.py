@@ -11,8 +11,9 @@ import re
 
 from sharding.hlo.aliases import input_output_alias, leaf_at
 from sharding.hlo.footprint import spell_shape
-from sharding.hlo.liveness import Schedule, Value, follow
+from sharding.hlo.liveness import follow
 from sharding.hlo.reader import Module, attribute
+from sharding.hlo.schedule import Schedule, Value
 from sharding.hlo.source import Sources, read_sources
 
 KINDS = ("argument", "output", "temporary", "constant")
