@@ -58,6 +58,23 @@ ADD = """
 """
 
 
+def test_an_instruction_among_the_tables_is_no_row_of_them() -> None:
+    text = """HloModule m, num_partitions=4
+
+StackFrames
+1 {file_location_id=1}
+  ROOT %g = f32[32] all-gather(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+
+ENTRY %e (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+}
+"""
+    with pytest.raises(ValueError, match=r"cannot read line:.*all-gather"):
+        read_ledger(text)
+    with pytest.raises(ValueError, match="cannot read line: ENTRY"):
+        read_ledger("HloModule m\nENTRY %e (a: f\n  %a = f32[8] parameter(0)\n}\n")
+
+
 A = "%a = f32[8] parameter(0)"
 
 

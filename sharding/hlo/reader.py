@@ -338,7 +338,7 @@ def read_module(text: str) -> Module:
             section = None if not line else section
         elif line.startswith("HloModule"):
             header = line
-        elif (line.rstrip().endswith("{") and "->" in line) or line.startswith("ENTRY"):
+        elif line.rstrip().endswith("{") and ("->" in line or line.startswith("ENTRY")):
             words = line.split(None, 2)
             is_entry = words[0] == "ENTRY"
             if len(words) < 2:
@@ -346,7 +346,7 @@ def read_module(text: str) -> Module:
             name = words[1 if is_entry else 0].lstrip("%").partition("(")[0]
         elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
             section = tables.setdefault(line, [])
-        elif section is not None:
+        elif section is not None and line.lstrip()[:1].isdigit():
             section.append(line)
         else:
             raise ValueError(f"cannot read line: {line}")
