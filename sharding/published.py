@@ -7,7 +7,10 @@ them into a layout (heads repeated, widths filled up, layers dealt to stages);
 `disassemble` gets them back out of it, to the bit, whatever the layout.
 """
 
+import ctypes
+import functools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -93,24 +96,19 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     def change(tree: Tree) -> Tree:
         return widen(tree, layout.config, layout.model)
 
-    def put(stacks: Tree, tree: Tree, stage: jax.Array, slot: jax.Array) -> Tree:
-        return jax.tree.map(
-            lambda stack, leaf: _put(layout, stack, leaf, stage, slot),
-            stacks,
-            change(tree),
-        )
+    def put(stack: Tree, tree: Tree, stage: jax.Array, slot: jax.Array) -> Tree:
+        one = functools.partial(_put, layout, stage=stage, slot=slot)
+        return jax.tree.map(one, stack, change(tree))
 
     to_ends = jax.jit(change, out_shardings=wanted.ends)
     to_block = jax.jit(change, out_shardings=block)
     to_stack = jax.jit(put, out_shardings=block, donate_argnums=0)
-    ends: Tree = None
-    blocks = (
-        list(layout.zeros((named.blocks,), mesh))
-        if layout.layers == "scanned"
-        else list(layout.zeros(named.blocks, mesh))
-        if stacked
-        else []
+    # Made when the first layer comes, for the ends are the largest arrays to move.
+    to_empty = functools.partial(
+        layout.zeros, named.blocks if layout.layers == "scanned" else named.blocks[0]
     )
+    ends: Tree = None
+    blocks: dict[int, Tree] = {}
     due = iter(parts(layout.config))
     for part, tree in arrays:
         if part != next(due, None):
@@ -121,19 +119,25 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
         if part == "ends":
             ends = to_ends(tree)
         elif not stacked:
-            blocks.append(to_block(tree))
+            blocks[part] = to_block(tree)
         else:
             stage, slot = homes[part]
             at = 0 if layout.layers == "scanned" else slot
-            blocks[at] = to_stack(blocks[at], tree, jnp.int32(stage), jnp.int32(slot))
+            stack = blocks.pop(at) if at in blocks else to_empty(mesh)
+            blocks[at] = to_stack(stack, tree, jnp.int32(stage), jnp.int32(slot))
+            del stack
+        # Else the parts that wait for the devices pile up.
+        jax.block_until_ready((ends, blocks))
         del tree
+        _give_back()
     if (missing := next(due, None)) is not None:
         raise ValueError(
             f"part {missing!r} of the model is missing. Parts are the ends, then the"
             f" {layout.config.num_layers} layers in order. Give each once."
         )
     one_tree = layout.layers == "scanned"
-    return Params(ends=ends, blocks=blocks[0] if one_tree else tuple(blocks))
+    every = tuple(blocks[at] for at in range(len(blocks)))
+    return Params(ends=ends, blocks=every[0] if one_tree else every)
 
 
 def disassemble(
@@ -168,6 +172,14 @@ def disassemble(
             yield part, from_stack(tree, jnp.int32(stage), jnp.int32(slot))
         else:
             yield part, from_block(tree)
+
+
+def _give_back() -> None:
+    """Lets the C library return freed memory; it would keep much of a model's."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim:
+            trim(0)
 
 
 def _stacked(layout: Layout) -> bool:
