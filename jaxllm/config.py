@@ -1,6 +1,7 @@
 """Shapes of dense decoder-only transformers: presets and Hugging Face configs."""
 
 import dataclasses
+import difflib
 import math
 import pathlib
 from collections.abc import Mapping
@@ -214,10 +215,12 @@ def load(name: str) -> ModelConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
+        near = difflib.get_close_matches(name, PRESETS, 1)
         raise ValueError(
             f"unknown model {name!r}: no preset of that name and no file there."
-            f" Presets are {', '.join(PRESETS)}. Choose one, or give the path of a"
-            " Hugging Face config.json."
+            f" Presets are {', '.join(PRESETS)}."
+            + (f" Did you mean {near[0]}?" if near else "")
+            + " Choose one, or give the path of a Hugging Face config.json."
         )
     return from_hugging_face(files.read_json(files.find(path)))
 

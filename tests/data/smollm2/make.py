@@ -11,6 +11,7 @@ every LOGIT_STEP-th logit behind each of them. Made with transformers 5.23.0 and
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,8 @@ TOKENS, LOGIT_STEP = 64, 1024
 
 def reference(step: int) -> dict[str, np.ndarray]:
     """Returns prompt_i, tokens_i and logits_i [64, V/step] of every prompt i."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     from jaxllm.weights import smollm2_path
 
@@ -54,6 +55,5 @@ def reference(step: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(
-        pathlib.Path(__file__).with_name("reference.npz"), **reference(LOGIT_STEP)
-    )
+    arrays: dict[str, Any] = reference(LOGIT_STEP)
+    np.savez_compressed(pathlib.Path(__file__).with_name("reference.npz"), **arrays)
