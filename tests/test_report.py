@@ -211,6 +211,7 @@ def test_stacked_bars_are_as_long_as_the_time() -> None:
     colour = charts.time_colours([H100])
     for name in ("ttft_parts_s", "tpot_parts_s"):
         figure = charts.time_parts(H100, 16, name, colour)
+        assert figure is not None
         bars = [trace for trace in figure["data"] if trace["type"] == "bar"]
         unit_s = 1.0 if figure["layout"]["xaxis"]["ticksuffix"] == " s" else 1e-3
         totals = [
