@@ -186,6 +186,15 @@ def test_a_donated_argument_and_its_output_are_one() -> None:
     assert [b.kind for b in found.peak] == ["argument", "temporary", "constant"]
 
 
+def test_of_an_argument_and_what_takes_its_place_only_one_is_listed() -> None:
+    found = memory(
+        "  ROOT %out = f32[1000]{0} negate(%p)",
+        header=", input_output_alias={ {}: (0, {}, may-alias) }",
+    )
+    assert [(b.kind, b.num_bytes) for b in found.peak] == [("argument", ONE)]
+    assert found.peak_bytes == ONE
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

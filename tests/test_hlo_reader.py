@@ -130,10 +130,20 @@ def test_no_module(text: str) -> None:
         read_module(text)
 
 
-def test_an_undefined_operand_is_named() -> None:
-    module = read_module(MODULE.replace("reduce(%p", "reduce(%q"))
-    with pytest.raises(ValueError, match="'q' is not defined"):
-        module.entry.operands(module.entry.root)
+@pytest.mark.parametrize(
+    ("read", "instead", "message"),
+    [
+        ("reduce(%p", "reduce(%q", "'q' is not defined in %main before its use: %r ="),
+        # A circle, which nothing that follows operands would leave.
+        ("reduce(%p", "reduce(%r", "'r' is not defined in %main before its use: %r ="),
+        ("%zero =", "%p =", "twice in computation %main: %p = f32[] constant(0)"),
+    ],
+)
+def test_a_name_is_defined_once_and_before_its_use(
+    read: str, instead: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_module(MODULE.replace(read, instead))
 
 
 def test_time_grows_with_the_text() -> None:

@@ -282,7 +282,7 @@ class _Search:
             where = next(w for i, w in inside if i is found.instruction)
             if found.kind == "all-gather":
                 source = trace(where, where.operands(found.instruction)[0])
-                if source and source.opcode == "parameter" and where is called:
+                if source.opcode == "parameter" and where is called:
                     leaves = place.operands[int(source.literal)]
                     yield from self._gathered(place, found, leaves[0])
 

@@ -81,9 +81,7 @@ def updated_parameters(called: Computation) -> dict[int, int]:
     found: dict[int, int] = {}
     for leaf, result in enumerate(results):
         is_update = False
-        for _ in called.instructions:  # a text that runs in circles ends too
-            if result.opcode not in UPDATES and result.opcode != "bitcast":
-                break
+        while result.opcode in UPDATES or result.opcode == "bitcast":
             is_update |= result.opcode in UPDATES
             result = called.operands(result)[0]
         if is_update and result.opcode == "parameter":

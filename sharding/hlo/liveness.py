@@ -51,7 +51,7 @@ def follow(module: Module, is_counted: Callable[[int], bool]) -> Schedule:
       is_counted: whether a memory space number is the memory that is asked about.
 
     Raises:
-      ValueError: a computation or an operand is not in the text.
+      ValueError: a computation is not in the text.
     """
     return _Follower(module, is_counted).schedule(module.entry)
 
@@ -78,13 +78,7 @@ class _Follower:
         offsets = first_leaves(computation)
         for line, instruction in enumerate(computation.instructions):
             opcode = instruction.opcode
-            try:
-                operands = [leaves[name] for name in instruction.operands]
-            except KeyError as error:
-                raise ValueError(
-                    f"operand {error} is not defined in %{computation.name}:"
-                    f" {instruction}"
-                ) from None
+            operands = [leaves[name] for name in instruction.operands]
             if opcode == "parameter":
                 start = offsets[instruction.name]
                 found = self._make(instruction, line, start)

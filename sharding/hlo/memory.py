@@ -101,7 +101,8 @@ class Memory:
       temporary_bytes: most bytes of intermediate results alive at once.
       peak_at: instruction at which they are alive; in a loop or a branch the path to
         it, "while.5 > fusion.3"; "" where there are none.
-      peak: every buffer alive at that instruction, the largest first.
+      peak: every buffer alive at that instruction, the largest first; of an argument
+        and the output that takes its place, the argument.
       timeline_bytes: temporaries alive through the entry's schedule, evenly thinned
         to at most 512 points, each the most of its stretch.
       arguments: in the order of their numbers.
@@ -147,7 +148,7 @@ def find_memory(
       xla: XLA's own account, to stand beside.
 
     Raises:
-      ValueError: a computation or an operand is not in the text.
+      ValueError: a computation is not in the text.
     """
     # TPU numbers its on-chip memories and the host; on GPU 5 is the host.
     is_counted = (lambda s: s == 0) if module.is_tpu else (lambda s: s != 5)
@@ -157,6 +158,10 @@ def find_memory(
     buffers = [
         _buffer(sources, where, value, "temporary") for where, value in schedule.peak()
     ]
+    in_arguments = {
+        id(schedule.results[leaf_at(module.entry.root.shape, output)])
+        for output, _, _ in input_output_alias(module)
+    }
     constants = 0
     for value in schedule.values:
         opcode = value.instruction.opcode
@@ -166,7 +171,7 @@ def find_memory(
         elif opcode == "constant":
             constants += value.num_bytes
             buffers.append(_buffer(sources, schedule, value, "constant"))
-        elif value.is_result:
+        elif value.is_result and id(value) not in in_arguments:
             buffers.append(_buffer(sources, schedule, value, "output"))
     return Memory(
         argument_bytes=sum(argument.num_bytes for argument in arguments),

@@ -69,8 +69,7 @@ class Origins:
             results = called.operands(root) if root.opcode == "tuple" else (root,)
             sources = [trace(called, result) for result in results]
             self._fusions[called.name] = tuple(
-                int(s.literal) if s is not None and s.opcode == "parameter" else None
-                for s in sources
+                int(s.literal) if s.opcode == "parameter" else None for s in sources
             )
         return self._fusions[called.name]
 
@@ -145,8 +144,7 @@ class Origins:
             self._kept[body.name] = ()
             sources = [self._stored(body, name) for name in body.root.operands]
             self._kept[body.name] = tuple(
-                source is not None
-                and source.opcode == "get-tuple-element"
+                source.opcode == "get-tuple-element"
                 and body.by_name[source.operands[0]].opcode == "parameter"
                 and int(source.require("index")) == k
                 for k, source in enumerate(sources)
@@ -154,14 +152,12 @@ class Origins:
             )
         return self._kept[body.name]
 
-    def _stored(self, computation: Computation, name: str) -> Instruction | None:
+    def _stored(self, computation: Computation, name: str) -> Instruction:
         """Returns the value in whose place `name` lies or of which it is a piece."""
-        found = computation.by_name.get(name)
-        for _ in computation.instructions:  # a text that runs in circles ends too
-            if found is None:
-                return None
+        found = computation.by_name[name]
+        while True:
             if found.opcode in MOVES or found.opcode in UPDATES:
-                found = computation.by_name.get(found.operands[0])
+                found = computation.by_name[found.operands[0]]
                 continue
             whole, index = found, 0
             if found.opcode == "get-tuple-element":
@@ -181,8 +177,7 @@ class Origins:
                     source = start.operands[index]
             if source is None:
                 return found
-            found = computation.by_name.get(source)
-        return None
+            found = computation.by_name[source]
 
     def _updated(self, called: Computation, index: int) -> int | None:
         """Returns the parameter that a result of a fusion is, or updates, or None."""
@@ -190,8 +185,7 @@ class Origins:
         if results is not None and index >= len(results):
             return None
         source = self._stored(called, results[index] if results else called.root.name)
-        is_parameter = source is not None and source.opcode == "parameter"
-        return int(source.literal) if source and is_parameter else None
+        return int(source.literal) if source.opcode == "parameter" else None
 
     def _result(
         self,
@@ -230,11 +224,8 @@ class Origins:
         return [None] * width
 
 
-def trace(computation: Computation, instruction: Instruction) -> Instruction | None:
+def trace(computation: Computation, instruction: Instruction) -> Instruction:
     """Returns what `instruction` is a piece of: the first value that is no move."""
-    found: Instruction | None = instruction
-    for _ in computation.instructions:  # a text that runs in circles ends too
-        if found is None or found.opcode not in MOVES:
-            return found
-        found = computation.by_name.get(found.operands[0])
-    return None
+    while instruction.opcode in MOVES:
+        instruction = computation.operands(instruction)[0]
+    return instruction

@@ -95,10 +95,7 @@ class Computation:
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        found = {i.name: i for i in self.instructions}
-        if len(found) < len(self.instructions):
-            _refuse_twice(self.name, self.instructions)
-        return found
+        return {i.name: i for i in self.instructions}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -120,17 +117,8 @@ class Computation:
         return tuple(sorted(found, key=lambda i: int(i.literal)))
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
-        """Returns the instructions that `instruction` reads.
-
-        Raises:
-          ValueError: an operand is not defined in this computation.
-        """
-        try:
-            return tuple(self.by_name[name] for name in instruction.operands)
-        except KeyError as error:
-            raise ValueError(
-                f"operand {error} is not defined in %{self.name}: {instruction}"
-            ) from None
+        """Returns the instructions that `instruction` reads."""
+        return tuple(self.by_name[name] for name in instruction.operands)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -267,40 +255,49 @@ def _closing(text: str, start: int, line: str) -> int:
     raise ValueError(f"unbalanced parentheses in instruction: {line.strip()}")
 
 
-def _refuse_twice(computation: str, body: Iterable[Instruction]) -> None:
+def _refuse_disorder(computation: str, body: Iterable[Instruction]) -> None:
+    """Raises ValueError unless each name is defined once, and before it is used."""
     seen: set[str] = set()
     for instruction in body:
+        for name in instruction.operands:
+            if name not in seen:
+                raise ValueError(
+                    f"operand {name!r} is not defined in %{computation} before its use:"
+                    f" {instruction}"
+                )
         if instruction.name in seen:
             raise ValueError(f"twice in computation %{computation}: {instruction}")
         seen.add(instruction.name)
 
 
-def _with_elements(name: str, body: list[Instruction]) -> tuple[Instruction, ...]:
+def _with_elements(body: list[Instruction]) -> list[Instruction]:
     """Returns `body` with a get-tuple-element before the first use of each `%a#1`."""
     if not any("#" in name for i in body for name in i.operands):
-        return tuple(body)
-    _refuse_twice(name, body)
-    found: dict[str, Instruction] = {}
+        return body
+    known: dict[str, Instruction] = {}
+    found: list[Instruction] = []
     for instruction in body:
         for operand in instruction.operands:
             parts = operand.split("#")
             for k in range(1, len(parts)):
                 whole, element = "#".join(parts[:k]), "#".join(parts[: k + 1])
                 index = int(parts[k])
-                if whole not in found or index >= len(found[whole].shape.elements):
+                if whole not in known or index >= len(known[whole].shape.elements):
                     raise ValueError(f"no %{element} in instruction: {instruction}")
-                if element not in found:
-                    found[element] = Instruction(
+                if element not in known:
+                    known[element] = Instruction(
                         name=element,
-                        shape=found[whole].shape.elements[index],
+                        shape=known[whole].shape.elements[index],
                         opcode="get-tuple-element",
                         operands=(whole,),
                         literal=f"%{whole}",
                         rest=f", index={index}",
                         is_root=False,
                     )
-        found[instruction.name] = instruction
-    return tuple(found.values())
+                    found.append(known[element])
+        known[instruction.name] = instruction
+        found.append(instruction)
+    return found
 
 
 def read_module(text: str) -> Module:
@@ -308,7 +305,8 @@ def read_module(text: str) -> Module:
 
     Raises:
       ValueError: a line that is neither header, table, computation, nor
-        instruction; or no entry computation. The message ends with the line.
+        instruction; a name used before it is defined, or defined twice; or no entry
+        computation. The message ends with the line.
     """
     header = ""
     tables: dict[str, list[str]] = {}
@@ -327,8 +325,9 @@ def read_module(text: str) -> Module:
                     raise ValueError(f"computation %{name} is empty.")
                 if name in computations:
                     raise ValueError(f"computation %{name} is there twice.")
-                whole = _with_elements(name, body) if has_elements else tuple(body)
-                done = Computation(name=name, instructions=whole)
+                body = _with_elements(body) if has_elements else body
+                _refuse_disorder(name, body)
+                done = Computation(name=name, instructions=tuple(body))
                 computations[name] = done
                 entry = done if is_entry else entry
                 name, body = None, []
