@@ -1,5 +1,6 @@
 """HLO text is read as it stands, and what cannot be read stops the reader."""
 
+import re
 import time
 
 import pytest
