@@ -39,6 +39,14 @@ FUSED = """
   %n = bf16[1,32] negate(%u)
   ROOT %t = (bf16[32,640], bf16[1,32]) tuple(%b, %n)
 }
+%update_of_bitcast (c: bf16[1,640,32], u: bf16[1,32], i: s32[]) -> bf16[640,32] {
+  %c = bf16[1,640,32] parameter(0)
+  %u = bf16[1,32] parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %b = bf16[640,32] bitcast(%c)
+  ROOT %d = bf16[640,32] dynamic-update-slice(%b, %u, %i, %z)
+}
 %update_of_zeros (u: f32[1,32], i: s32[]) -> f32[640,32] {
   %u = f32[1,32] parameter(0)
   %i = s32[] parameter(1)
@@ -145,6 +153,10 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
         (["bf16[640,32]", "bf16[1,32]", "s32[]"],
          "(bf16[32,640], bf16[1,32]) fusion(%a, %b, %c), kind=kLoop,"
          " calls=%update_and_look", 64 + 4 + 64 + 64),
+        # the buffer itself, seen through a bitcast
+        (["bf16[1,640,32]", "bf16[1,32]", "s32[]"],
+         "bf16[640,32] fusion(%a, %b, %c), kind=kLoop, calls=%update_of_bitcast",
+         64 + 4 + 64),
         # a fresh buffer has to be written whole
         (["f32[1,32]", "s32[]"],
          "f32[640,32] fusion(%a, %b), kind=kLoop, calls=%update_of_zeros",

@@ -150,7 +150,10 @@ class TrafficCounter:
         if opcode == "scatter":  # combined with what is there
             _add(demand, operands[0], [min(written, operands[0].shape.size)])
         if not outermost:  # updates before this one, to the same buffer
-            written += sum(self._result(operands[0], computation, demand))
+            buffer = operands[0]
+            while buffer.opcode == "bitcast":
+                buffer = computation.operands(buffer)[0]
+            written += sum(self._result(buffer, computation, demand))
         return written
 
     def _cuts(self, instruction: Instruction, computation: Computation) -> bool:
