@@ -57,6 +57,13 @@ ADD = """
          '(f32[2,2], s32[2,2]) custom-call(%a), custom_call_target="TopK"', 16 * 2),
         (["f32[2,6,6]"], 'f32[2,6,6] custom-call(%a), custom_call_target="Cholesky"',
          2 * 6**3 // 3),
+        (["f32[2,6,6]"],
+         'f32[2,6,6] custom-call(%a), custom_call_target="CompactWyHelper"',
+         2 * 6**3 // 3),
+        (["f32[2,6,6]"], '(f32[2,6,6], s32[2,6], s32[2,6]) custom-call(%a),'
+         ' custom_call_target="LuRealDecompositionBlock"', 2 * 2 * 6**3 // 3),
+        (["c64[3,5]", "c64[5,7]"], "c64[3,7] dot(%a, %b), lhs_contracting_dims={1},"
+         " rhs_contracting_dims={0}", 8 * 3 * 5 * 7),
         (["f32[2,6,6]"], '(f32[2,6,6], f32[2,6], s32[2]) custom-call(%a),'
          ' custom_call_target="lapack_ssyevd_ffi"', 2 * 9 * 6**3),
         (["f32[2,3,3]"] * 4, '(f32[2,3], f32[2,3], f32[2,3,3], f32[2,3,3], f32[2,3,3],'

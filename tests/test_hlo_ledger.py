@@ -379,6 +379,7 @@ def test_a_scatter_of_several_results_keeps_a_slice_of_each() -> None:
     assert _collectives(line, body, shapes) == [("y", "reduce-scatter", 56, 28, 2)]
     # One of them kept whole: a reduction.
     kept = body.replace("tuple(%c, %d)", "tuple(%c, %y)").replace("f32[3])", "f32[6])")
+    line = line.replace("f32[3])", "f32[6])")
     assert _collectives(line, kept, shapes) == [("y", "all-reduce", 56, 56, 2)]
 
 

@@ -18,9 +18,9 @@ from sharding.hlo.windows import convolution_products
 FREE_TARGETS = frozenset([
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
     "AsyncCollectiveStart", "ConcatBitcast", "DeviceId", "GetSharding",
-    "LayoutConstraint", "PrepareAsyncCallStart", "SPMDFullToShardShape",
-    "SPMDShardToFullShape",
-    "ShardBarrierFrom", "ShardBarrierTo", "Sharding", "SliceId",
+    "LayoutConstraint", "PrepareAsyncCallDone", "PrepareAsyncCallStart",
+    "SPMDFullToShardShape", "SPMDShardToFullShape", "ShardBarrierFrom",
+    "ShardBarrierTo", "Sharding", "SliceId",
     "annotate_device_placement", "xla.sdy.FuncResultSharding",
     "xla.sdy.GlobalToLocalShape", "xla.sdy.LocalToGlobalShape",
 ])  # fmt: skip
@@ -42,8 +42,9 @@ _GEMM = re.compile(
 )
 _FMHA = re.compile(r"__cudnn\$fmha\w*")
 _FACTOR = re.compile(
-    r"(?P<cholesky>Cholesky|InvertDiagBlocks\w+|lapack_[sdcz]potrf_ffi|cusolver_potrf_ffi)"
-    r"|(?P<lu>LuDecomposition\w*|lapack_[sdcz]getrf_ffi|cusolver_getrf_ffi)"
+    r"(?P<cholesky>Cholesky|CompactWyHelper|InvertDiagBlocks\w+|lapack_[sdcz]potrf_ffi"
+    r"|cusolver_potrf_ffi)"
+    r"|(?P<lu>Lu(?:Real|Complex)?Decomposition\w*|lapack_[sdcz]getrf_ffi|cusolver_getrf_ffi)"
     r"|(?P<qr>Qr|QrDecompositionBlock|lapack_[sdcz](?:geqrf|geqp3|orgqr|ungqr)_ffi"
     r"|cusolver_(?:geqrf|orgqr)_ffi|ProductOfElementaryHouseholderReflectors)"
     r"|(?P<eigh>EighTpu|lapack_[sdcz](?:syevd|heevd)_ffi|cusolver_syevd_ffi)"
@@ -156,7 +157,8 @@ def _factorisation(kind: str, operands: list[Shape]) -> int:
         return first.size // long * short * (14 * long + 8 * short)
     if kind == "times_q":  # 2 n k (2 m - k) for k reflections of n columns, 5.1.6
         return operands[-1].size // rows * 2 * columns * (2 * rows - columns)
-    if kind == "cholesky":  # n^3 / 3, section 4.2; so is a triangle's inverse
+    if kind == "cholesky":  # n^3 / 3, section 4.2; so is a triangle's inverse, and the
+        # triangle of the compact WY form of n reflections, section 5.1.7
         return first.size * columns // 3
     if kind == "lu":  # 2 n^3 / 3, section 3.2
         return first.size * 2 * columns // 3
@@ -176,7 +178,7 @@ def _gemm(
     else:  # oneDNN: the last, or last but one, axis of the left operand
         transposed = bool(_find(config, "transpose_a"))
         contracted = operands[0].dims[-2 if transposed else -1]
-    flops = 2 * out.size * contracted
+    flops = out.multiply_add_flops * out.size * contracted
     epilogue = str(_find(config, "epilogue") or "DEFAULT")
     extra = out.size * (epilogue.count("_") + 1 if epilogue != "DEFAULT" else 0)
     beta = _find(config, "beta")

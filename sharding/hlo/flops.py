@@ -1,6 +1,6 @@
 """FLOPs of one instruction, fusions included.
 
-A multiply-add is 2, an arithmetic, logical or comparing operation 1 for each
+A multiply-add is 2 (of complex numbers 8), an arithmetic, logical or comparing operation 1 for each
 element it makes, moving data 0. Collectives are 0 here. Loops are not unrolled
 here: `while`, `conditional` and top-level `call` are walked by ledger.py.
 """
@@ -68,7 +68,11 @@ class FlopCounter:
         if opcode in COLLECTIVES or opcode in TRANSFERS:
             return Flops()
         if opcode == "fusion":
-            called = self._module.computation(instruction.called("calls"), instruction)
+            name = instruction.called("calls")
+            called = self._module.called(name, instruction, computation)
+            made = called.root.shape.sizes
+            if instruction.opcode == "fusion" and made != instruction.shape.sizes:
+                raise ValueError(f"%{name} is no body of: {instruction}")
             return self.of_computation(called)
         operands = [o.shape for o in computation.operands(instruction)]
         out = instruction.shape
@@ -76,14 +80,16 @@ class FlopCounter:
             contracted = [
                 operands[0].dims[d] for d in instruction.ints("lhs_contracting_dims")
             ]
-            flops = 2 * out.size * math.prod(contracted)
+            products = out.size * math.prod(contracted)
             if opcode == "dot":
-                _check_dot(instruction, operands[0], operands[1], flops // 2)
+                _check_dot(instruction, operands[0], operands[1], products)
+            flops = operands[0].multiply_add_flops * products
             return Flops(flops, flops)
         if opcode == "convolution":
-            flops = 2 * convolution_products(
+            products = convolution_products(
                 instruction, operands[0].dims, operands[1].dims, out.dims
             )
+            flops = operands[0].multiply_add_flops * products
             return Flops(flops, flops)
         if opcode == "custom-call":
             return Flops(*custom_call_flops(instruction, operands, self._kernels))

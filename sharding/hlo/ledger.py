@@ -164,7 +164,7 @@ class _Walker:
             self._conditional(instruction, computation, scope, loop)
         elif opcode in ("call", "async-start"):
             name = instruction.called("to_apply") or instruction.called("calls")
-            called = self._module.computation(name, instruction)
+            called = self._module.called(name, instruction, computation)
             self._enter(called, instruction.operands, computation, scope, loop)
         elif opcode == "custom-call" and (name := custom_calls.offloaded(instruction)):
             self.walk(self._module.computation(name, instruction), scope, loop)
@@ -272,7 +272,8 @@ class _Walker:
                 " data-dependent number of times; one iteration of it is counted."
             )
         for key, inner in (("body", body), ("condition", condition)):
-            called = self._module.computation(instruction.called(key), instruction)
+            name = instruction.called(key)
+            called = self._module.called(name, instruction, computation)
             self.walk(called, inner, record.label)
 
     def _conditional(

@@ -166,6 +166,21 @@ class Module:
             raise ValueError(f"computation {name!r} is not in the text: {caller}")
         return self.computations[name]
 
+    def called(
+        self, name: str | None, caller: Instruction, where: Computation
+    ) -> Computation:
+        """Returns the computation `name`, which `caller` in `where` gives its operands.
+
+        Raises:
+          ValueError: there is none, or it takes other operands.
+        """
+        found = self.computation(name, caller)
+        given = [operand.shape.sizes for operand in where.operands(caller)]
+        # Another core may find its operands by itself: `call-start()`.
+        if given and given != [each.shape.sizes for each in found.parameters]:
+            raise ValueError(f"%{name} does not take the operands of: {caller}")
+        return found
+
 
 def _spell(shape: Shape) -> str:
     if shape.dtype == "tuple":

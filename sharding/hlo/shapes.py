@@ -52,12 +52,22 @@ class Shape:
         """Number of elements of an array; 0 for a token or a tuple."""
         return math.prod(self.dims) if ELEMENT_BITS.get(self.dtype) else 0
 
+    @property
+    def multiply_add_flops(self) -> int:
+        """Operations on real numbers in x * y + z: 2, or 8 where these are complex."""
+        return 8 if self.dtype in ("c64", "c128") else 2
+
     @functools.cached_property
     def leaves(self) -> tuple["Shape", ...]:
         """The arrays inside, in order; an array is its own only leaf."""
         if self.dtype != "tuple":
             return (self,)
         return tuple(leaf for e in self.elements for leaf in e.leaves)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Element type and dimensions of each leaf, whatever their layout."""
+        return tuple((leaf.dtype, leaf.dims) for leaf in self.leaves)
 
     @functools.cached_property
     def num_bytes(self) -> int:
