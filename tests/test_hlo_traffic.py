@@ -175,7 +175,7 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
          " fusion-start(%a, %b), kind=kLoop, calls=%inner", SLICE + 4 + SLICE),
     ],
     ids=[
-        "slice", "lazy", "twice", "update", "tuple", "fresh", "copy", "nested",
+        "slice", "lazy", "twice", "update", "tuple", "bitcast", "fresh", "copy", "nested",
         "async",
     ],
 )  # fmt: skip
