@@ -62,8 +62,6 @@ ADD = """
          2 * 6**3 // 3),
         (["f32[2,6,6]"], '(f32[2,6,6], s32[2,6], s32[2,6]) custom-call(%a),'
          ' custom_call_target="LuRealDecompositionBlock"', 2 * 2 * 6**3 // 3),
-        (["c64[3,5]", "c64[5,7]"], "c64[3,7] dot(%a, %b), lhs_contracting_dims={1},"
-         " rhs_contracting_dims={0}", 8 * 3 * 5 * 7),
         (["f32[2,6,6]"], '(f32[2,6,6], f32[2,6], s32[2]) custom-call(%a),'
          ' custom_call_target="lapack_ssyevd_ffi"', 2 * 9 * 6**3),
         (["f32[2,3,3]"] * 4, '(f32[2,3], f32[2,3], f32[2,3,3], f32[2,3,3], f32[2,3,3],'
@@ -110,6 +108,12 @@ M, N, K, B = 3, 5, 7, 2
 def test_matrix_product(lhs: str, rhs: str, line: str) -> None:
     flops, matmul = _flops(f"{_parameters(lhs, rhs)}\n  ROOT %r = {line}")
     assert flops == matmul == 2 * B * M * N * K
+
+
+def test_complex_numbers_take_four_products_and_their_sums() -> None:
+    line = "c64[3,7] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    found = _flops(f"{_parameters('c64[3,5]', 'c64[5,7]')}\n  ROOT %r = {line}")
+    assert found == (8 * 3 * 5 * 7, 8 * 3 * 5 * 7)
 
 
 def test_convolution_counts_only_positions_inside_the_input() -> None:

@@ -1,8 +1,8 @@
 """FLOPs of one instruction, fusions included.
 
-A multiply-add is 2 (of complex numbers 8), an arithmetic, logical or comparing operation 1 for each
-element it makes, moving data 0. Collectives are 0 here. Loops are not unrolled
-here: `while`, `conditional` and top-level `call` are walked by ledger.py.
+A multiply-add is 2, of complex numbers 8; an arithmetic, logical or comparing
+operation 1 for each element it makes, moving data 0. Collectives are 0 here. Loops are
+not unrolled here: `while`, `conditional` and top-level `call` are walked by ledger.py.
 """
 
 import math
