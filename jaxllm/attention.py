@@ -1,10 +1,11 @@
-"""Ways to compute attention: over a prompt in blocks, and of one token over a cache.
+"""Ways to compute attention: of a prompt, in blocks or by cuDNN, and of one token.
 
-Both keep grouped queries grouped: keys and values are never repeated. Scores and
+All keep grouped queries grouped: keys and values are never repeated. Scores and
 softmax are float32, whatever the inputs are.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV
 from jaxllm.layers import Place, anywhere
+
+# Causal attention [B, T, K, G, H] of queries, keys and values of a whole prompt.
+PromptAttention = Callable[[Array, Array, Array], Array]
 
 # Scores of one block of queries against one block of keys are alive at a time.
 BLOCK = 512
@@ -97,6 +101,25 @@ def causal_attention(
     with jax.named_scope("causal_attention"):
         (_, _, _, out), _ = lax.scan(step, state, jnp.asarray(pairs))
     return out[:, :seq_len]
+
+
+def cudnn_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "B T K G H"]:
+    """Returns what `causal_attention` does, from one kernel of NVIDIA's cuDNN.
+
+    Scores never leave the chip, and blocks above the diagonal are not computed. It
+    needs an attached NVIDIA GPU, 16-bit inputs, and arrays that are whole: under a
+    mesh, every axis of it must be handled by an enclosing `jax.shard_map`.
+    """
+    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    with jax.named_scope("cudnn_attention"):
+        out = jax.nn.dot_product_attention(
+            heads, k, v, is_causal=True, implementation="cudnn"
+        )
+    return out.reshape(q.shape)
 
 
 def _pad_to(x: Array, length: int) -> Array:

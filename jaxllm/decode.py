@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.attention import causal_attention, decode_attention
+from jaxllm.attention import (
+    PromptAttention,
+    causal_attention,
+    decode_attention,
+)
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere
@@ -38,13 +42,40 @@ def _for_cache(k: Array, v: Array, kv_heads: int, place: Place) -> KV:
     return KV(one(k), one(v))
 
 
-def prompt_attend(place: Place = anywhere) -> Attend:
-    """Returns attention of a whole prompt, which fills the cache from position 0."""
+def prompt_attend(
+    place: Place = anywhere, attention: PromptAttention = causal_attention
+) -> Attend:
+    """Returns attention of a whole prompt, which fills the cache from position 0.
+
+    Args:
+      place: pins activations.
+      attention: of the prompt over itself.
+    """
+    fresh = fresh_attend(place, attention)
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
-        out = causal_attention(q, k, v)
-        new = _for_cache(k, v, cache.kv.k.shape[-3], place)
-        return out, cache.write(new, 0, place)
+        out, new = fresh(q, k, v, cache)
+        return out, cache.write(new.kv, 0, place)
+
+    return attend
+
+
+def fresh_attend(
+    place: Place = anywhere, attention: PromptAttention = causal_attention
+) -> Attend:
+    """Returns attention of a whole prompt, whose own keys and values it returns.
+
+    Nothing is written: the cache it gets only says how many heads are kept. For
+    callers that write to several places.
+
+    Args:
+      place: pins activations.
+      attention: of the prompt over itself.
+    """
+
+    def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
+        kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
+        return attention(q, k, v), CacheLayer(kv=kept)
 
     return attend
 
@@ -185,6 +216,7 @@ def prefill(
     *,
     place: Place = anywhere,
     lookup: Lookup = whole_table,
+    attention: PromptAttention = causal_attention,
     row: Int[Array, ""] | int = 0,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Reads prompts into the cache; returns it with the logits of the next token.
@@ -197,6 +229,7 @@ def prefill(
       lengths: of the prompts; None where all fill T.
       place: pins activations.
       lookup: how tokens are embedded.
+      attention: of the prompt over itself.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
     """
     ends = bind_ends(config, params.ends)
@@ -208,7 +241,7 @@ def prefill(
         cache,
         x,
         angles_at(positions, config),
-        prompt_attend(place),
+        prompt_attend(place, attention),
         place,
         cache_at=CacheLayer(kv=KV(x, x), row=row),
     )

@@ -3,13 +3,14 @@
 Parameters and decode state are plain pytrees. With one stage they are the model's
 own; with several, every block array gains a leading stage dimension, and a stage
 with fewer layers than the longest is filled up with layers of zeros, which add
-nothing to the residual stream.
+nothing to the residual stream. A stage holds the cache of every group in flight, in
+slots: arrays of their own where ticks are unrolled, else one array a layer.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ from sharding.partition import Partition, Workload
 from sharding.rules import MESH_AXES
 
 Names = tuple[str | None, ...]
+Ticks = Literal["unrolled", "scanned"]
 
 
 class State(NamedTuple):
     """What decode carries from token to token; donated, updated in place.
 
     Attributes:
-      cache: keys and values of every layer.
+      cache: keys and values of every layer; with unrolled ticks of every slot of it.
       tokens: [B] int32, the newest token of each sequence.
       position: where the next token is written: [] int32, or [B] for prompts of
         different lengths.
@@ -70,6 +72,8 @@ class Layout:
       workload: sizes the cache.
       dtype: of parameters, activations and cache.
       layers: whether each layer is its own arrays, or all are stacked.
+      ticks: whether each slot of a stage's cache is its own arrays, which decode's
+        ticks then name, or all are stacked. Layers must be unrolled to unroll ticks.
       ragged: whether every sequence has its own position.
       drawn: whether tokens are drawn, from a seed a sequence.
     """
@@ -79,6 +83,7 @@ class Layout:
     workload: Workload
     dtype: str = "bfloat16"
     layers: Layers = "unrolled"
+    ticks: Ticks = "scanned"
     ragged: bool = False
     drawn: bool = False
 
@@ -153,9 +158,11 @@ class Layout:
         batch, staged = self.workload.batch_size, self.partition.stage > 1
         group = batch // self.groups
         kv_shape = (group, self.cache_heads, self.cache_len, self.config.head_dim)
-        lead, names = self._leading((self.groups,))
+        apart = staged and self.ticks == "unrolled"
+        lead, names = self._leading(() if apart else (self.groups,))
         array = Named(lead + kv_shape, jnp.dtype(self.dtype), names + CACHE_AXES)
         kv: Any = KV(array, array)  # type: ignore[arg-type]  # names for arrays
+        kv = (kv,) * self.groups if apart else kv
         hidden = Named(
             (self.partition.stage, group, self.config.embed_dim),
             jnp.dtype(self.dtype),

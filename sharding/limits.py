@@ -66,7 +66,7 @@ def closed_form_flops(program: Program) -> int:
     projections = 2 * tokens * d * h * (2 * n + 2 * k) // (heads * embed)
     mlp = 6 * tokens * d * model.mlp_dim // (partition.ways("mlp") * embed)
     attention = 4 * n * h * scores * rows // (split * attention_ways)
-    layers = layout.layers_per_stage * program.ticks
+    layers = layout.layers_per_stage * program.num_ticks
     # A vocabulary split over stages is computed by all of them, for every sequence.
     head = 2 * layout.replica_batch * d * model.vocab_size
     head //= partition.ways("vocab") * embed
@@ -160,7 +160,7 @@ def limit_s(program: Program, chip: Chip) -> float:
     device, sizes = chip.per_device(), program.partition.axes
     serial = 1.0
     if program.phase == "decode":
-        serial = program.ticks / program.layout.groups
+        serial = program.num_ticks / program.layout.groups
     kinds = {"tensor": "all-reduce", "stage": "permute"}
     links = [
         serial

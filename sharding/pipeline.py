@@ -13,13 +13,17 @@ started it, the others early in the next call. A batch smaller than S is one gro
 that walks through the stages, G = 1.
 
 The cache of group g lies in slot (g + s) mod G of stage s, so that at tick t every
-stage reads slot t mod G, which depends on the tick alone.
+stage reads slot t mod G, which depends on the tick alone. With unrolled ticks, each
+tick of decode is its own piece of program and each slot its own arrays, read where they
+lie; a slot that a loop picks out of a stack is copied first on GPUs and CPUs. Prefill
+is a loop over ticks in both cases: it writes to every slot, and only one of them anew.
 
 Embedding and head are split over stages by vocabulary, so no stage is larger than
 another; that costs a sum of B D over the stage axis on the way in and on the way out.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +31,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.attention import PromptAttention
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.decode import Lookup, last_position, prompt_attend, token_attend
+from jaxllm.decode import (
+    Lookup,
+    fresh_attend,
+    last_position,
+    prompt_attend,
+    token_attend,
+)
 from jaxllm.layers import Place, angles_at
 from jaxllm.model import Params, Tree, bind_ends, run_blocks
-from sharding.layout import State
+from sharding.layout import State, Ticks
 
 _AXIS = "stage"
 
@@ -46,7 +57,9 @@ class Pipeline:
       stages: S.
       groups: G in flight while decoding, S or 1.
       micro_batches: M of prefill; a multiple of G.
+      ticks: of decode, and how the cache lies: see `sharding.layout.Layout`.
       place: pins activations over the axes that the compiler handles.
+      attention: of a prompt over itself.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -60,7 +73,9 @@ class Pipeline:
     stages: int
     groups: int
     micro_batches: int
+    ticks: Ticks
     place: Place
+    attention: PromptAttention
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -92,22 +107,8 @@ class Pipeline:
             x = jnp.where(stage == 0, fed, x)
             item = t - stage
             busy = (item >= 0) & (item < self.micro_batches)
-            at = CacheLayer(
-                kv=KV(x, x),
-                index=(t % self.groups,),
-                row=_clip(item, self.micro_batches) // self.groups * size,
-                keep=~busy,
-            )
-            x, cache = run_blocks(
-                self.config,
-                blocks,
-                cache,
-                x,
-                angles,
-                prompt_attend(self.place),
-                self.place,
-                cache_at=at,
-            )
+            row = _clip(item, self.micro_batches) // self.groups * size
+            x, cache = self._read(blocks, cache, x, angles, t, row, ~busy)
             out = _clip(t - (self.stages - 1), self.micro_batches)
             last = last_position(x, None if item_lengths is None else item_lengths[out])
             return (self._pass_on(x), cache), last
@@ -129,6 +130,38 @@ class Pipeline:
             hidden=jnp.zeros_like(state.hidden),
         )
         return state, self._all_logits(logits)
+
+    def _read(
+        self,
+        blocks: Tree,
+        cache: Tree,
+        x: jax.Array,
+        angles: jax.Array,
+        t: jax.Array,
+        row: jax.Array,
+        keep: jax.Array,
+    ) -> tuple[jax.Array, Tree]:
+        """Runs a micro-batch [b, T, D] through this stage's layers at tick t.
+
+        Its keys and values are written from sequence `row` on, unless `keep`.
+        """
+        run = functools.partial(run_blocks, self.config, blocks)
+        if self.ticks == "scanned":
+            attend = prompt_attend(self.place, self.attention)
+            at = CacheLayer(kv=KV(x, x), index=(t % self.groups,), row=row, keep=keep)
+            return run(cache, x, angles, attend, self.place, cache_at=at)
+        attend = fresh_attend(self.place, self.attention)
+        x, fresh = run([slots[0] for slots in cache], x, angles, attend, self.place)
+
+        def write(slot: int, kv: KV, new: KV) -> KV:
+            old = keep | (t % self.groups != slot)
+            return CacheLayer(kv=kv, row=row, keep=old).write(new, 0, self.place).kv
+
+        with jax.named_scope("write_slots"):
+            return x, tuple(
+                tuple(write(i, kv, new) for i, kv in enumerate(slots))
+                for slots, new in zip(cache, fresh, strict=True)
+            )
 
     def decode(self, params: Params, state: State) -> tuple[State, Any]:
         """Runs one round; returns the state and the logits [B, V] behind its tokens.
@@ -161,7 +194,7 @@ class Pipeline:
     ) -> tuple[Tree, jax.Array, jax.Array, Any]:
         stage = lax.axis_index(_AXIS)
 
-        def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array):
+        def tick(carry: tuple[Tree, jax.Array, jax.Array], t: jax.Array | int):
             cache, tokens, hidden = carry
             fed = self._embed(ends, tokens[t][:, None])[:, 0]
             x = jnp.where(stage == 0, fed, hidden)
@@ -174,16 +207,14 @@ class Pipeline:
             done = (t + 1) % self.groups
             fresh = (done == 0) | (state.round > 0)
             # Behind the token that the last stage has just seen.
-            late = (t < self.stages - 1).astype(jnp.int32)
+            late = jnp.asarray(t < self.stages - 1, jnp.int32)
             where = self._position(state.position, done) + 1 - late
             token = self.sample(logits, self._seeds(state, done), where)
             token = jnp.where(fresh, token, tokens[done])
             tokens = tokens.at[done].set(token)
             return (cache, tokens, self._pass_on(x)), self._all_logits(logits)
 
-        carry = (cache, tokens, hidden)
-        with jax.named_scope("ticks"):
-            carry, logits = lax.scan(tick, carry, jnp.arange(self.stages))
+        carry, logits = self._run_ticks(tick, (cache, tokens, hidden))
         if self.with_logits:
             # Tick t finished group t + 1: bring the groups into order.
             logits = jnp.roll(logits, 1, axis=0).reshape(-1, logits.shape[-1])
@@ -201,18 +232,30 @@ class Pipeline:
         stage = lax.axis_index(_AXIS)
         fed = self._embed(ends, tokens[0][:, None])[:, 0]
 
-        def tick(carry: tuple[Tree, jax.Array], t: jax.Array):
+        def tick(carry: tuple[Tree, jax.Array], t: jax.Array | int):
             cache, x = carry
             x, cache = self._step(blocks, cache, x, state.position, 0, stage != t)
             return (cache, self._pass_on(x)), x
 
-        carry = (cache, fed)
-        with jax.named_scope("ticks"):
-            carry, every = lax.scan(tick, carry, jnp.arange(self.stages))
+        carry, every = self._run_ticks(tick, (cache, fed))
         last = every[-1]
         logits = self._logits(ends, self._from_last_stage(last))
         token = self.sample(logits, state.seeds, state.position + 1)[None]
         return carry[0], token, hidden, self._all_logits(logits)
+
+    def _run_ticks(
+        self, tick: Callable[[Any, Any], tuple[Any, Any]], carry: Any
+    ) -> tuple[Any, Any]:
+        """Returns what S ticks carry on, and their results, stacked."""
+        with jax.named_scope("ticks"):
+            if self.ticks == "scanned":
+                return lax.scan(tick, carry, jnp.arange(self.stages))
+            results = []
+            for t in range(self.stages):
+                with jax.named_scope(f"tick_{t}"):
+                    carry, result = tick(carry, t)
+                results.append(result)
+            return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)
 
     def _step(
         self,
@@ -220,29 +263,36 @@ class Pipeline:
         cache: Tree,
         x: jax.Array,
         position: jax.Array,
-        slot: jax.Array | int,
+        slot: Any,
         keep: jax.Array,
     ) -> tuple[jax.Array, Tree]:
         """Runs one token [b, D] through this stage's layers."""
         where = jnp.broadcast_to(position, x.shape[:1])[:, None]
-        x, cache = run_blocks(
+        apart = self.ticks == "unrolled"
+        at = CacheLayer(kv=KV(x, x), index=() if apart else (slot,), keep=keep)
+        x, new = run_blocks(
             self.config,
             blocks,
-            cache,
+            [slots[slot] for slots in cache] if apart else cache,
             self.place(x[:, None], ("batch", "residual_seq", "embed")),
             angles_at(where, self.config),
             token_attend(position, self.place),
             self.place,
-            cache_at=CacheLayer(kv=KV(x, x), index=(slot,), keep=keep),
+            cache_at=at,
         )
-        return x[:, 0], cache
+        if apart:
+            new = tuple(
+                (*slots[:slot], kv, *slots[slot + 1 :])
+                for slots, kv in zip(cache, new, strict=True)
+            )
+        return x[:, 0], new
 
-    def _position(self, position: jax.Array, item: jax.Array) -> jax.Array:
+    def _position(self, position: jax.Array, item: jax.Array | int) -> jax.Array:
         if position.ndim == 0:
             return position
         return position.reshape(self.groups, -1)[item % self.groups]
 
-    def _seeds(self, state: State, group: jax.Array) -> Any:
+    def _seeds(self, state: State, group: jax.Array | int) -> Any:
         if isinstance(state.seeds, tuple):
             return ()
         return state.seeds.reshape(self.groups, -1)[group]

@@ -23,15 +23,18 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import decode as decode_lib
+from jaxllm.attention import PromptAttention
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling
 from jaxllm.layers import Place
 from jaxllm.model import Layers, Params
 from sharding import vocab
-from sharding.layout import Layout, Named, State
+from sharding.attention import Attention, prompt_attention, refusal
+from sharding.layout import Layout, Named, State, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
 from sharding.pipeline import Pipeline
+from sharding.rules import MESH_AXES
 from sharding.target import Target
 
 Phase = Literal["prefill", "decode"]
@@ -97,6 +100,8 @@ class Program:
       workload: batch and lengths.
       dtype: of parameters, activations and cache.
       layers: unrolled or scanned.
+      ticks: of a decode pipeline, unrolled or scanned; see `Layout.ticks`.
+      attention: how a prompt's is computed; see `sharding.attention`.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
       with_logits: also return logits [B, V] in float32.
@@ -112,6 +117,8 @@ class Program:
     workload: Workload
     dtype: str = "bfloat16"
     layers: Layers = "unrolled"
+    ticks: Ticks = "scanned"
+    attention: Attention = "blocks"
     micro_batches: int | None = None
     ragged: bool = False
     with_logits: bool = False
@@ -119,6 +126,14 @@ class Program:
 
     def __post_init__(self) -> None:
         check(self.config, self.partition, self.workload)
+        if self.ticks == "unrolled" and self.layers == "scanned":
+            raise ValueError(
+                "ticks='unrolled' with layers='scanned': slots of a cache whose layers"
+                " are stacked are stacked too, and a loop over ticks picks one. Unroll"
+                " the layers as well, or scan the ticks."
+            )
+        if reason := refusal(self.attention, self.config, self.dtype):
+            raise ValueError(reason)
         asked, batch = self.micro_batches, self.layout.replica_batch
         if asked and (batch % asked or asked % self.layout.groups):
             raise ValueError(
@@ -136,6 +151,7 @@ class Program:
             workload=self.workload,
             dtype=self.dtype,
             layers=self.layers,
+            ticks=self.ticks,
             ragged=self.ragged,
             drawn=not self.sampling.is_greedy,
         )
@@ -166,7 +182,7 @@ class Program:
         return min(fitting, default=batch)
 
     @property
-    def ticks(self) -> int:
+    def num_ticks(self) -> int:
         """Equal steps that a stage executes in one call."""
         stages = self.partition.stage
         if self.phase == "decode":
@@ -225,6 +241,8 @@ class Program:
             num_devices=target.num_devices,
             target=target.name,
         )
+        if reason := refusal(self.attention, self.config, self.dtype, target):
+            raise ValueError(reason)
         start = time.perf_counter()
         mesh = make_mesh(target.mesh_devices(self.partition.shape))
         executable = self.lower(mesh).compile(target.compiler_options)
@@ -250,7 +268,7 @@ class Program:
             alias_bytes=stats.alias_size_in_bytes,
             xla_flops=cost.get("flops") if cost else None,
             compile_s=compile_s,
-            ticks=self.ticks,
+            ticks=self.num_ticks,
             busy_ticks=self.busy_ticks,
             executable=executable,
         )
@@ -276,7 +294,7 @@ class Program:
 
     def _result_specs(self, keep: tuple[str, ...] | None = None) -> Any:
         layout = self.layout
-        axes = keep if keep is not None else ("data", "stage", "tensor")
+        axes = keep if keep is not None else MESH_AXES
         state = layout.specs(layout.named_state(), axes)
         logits = layout.spec(("batch", None), axes) if self.with_logits else ()
         return state, logits
@@ -323,6 +341,11 @@ class Program:
 
         return place
 
+    def _attention(self) -> PromptAttention:
+        return prompt_attention(
+            self.attention, self.partition.rules, MESH_AXES, self._manual
+        )
+
     def _vocabulary(self, platform: str) -> tuple[Lookup, Callable[..., Any]]:
         """Returns how tokens are embedded and how they are picked."""
         sizes, manual = self.partition.axes, self._manual
@@ -354,7 +377,9 @@ class Program:
             stages=self.partition.stage,
             groups=self.layout.groups,
             micro_batches=self.prefill_micro_batches,
+            ticks=self.ticks,
             place=self._place(),
+            attention=self._attention(),
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -377,6 +402,7 @@ class Program:
         lengths: jax.Array | None = None,
     ) -> tuple[State, Any]:
         place, config = self._place(), self.layout.model
+        attention = self._attention()
         count = self.prefill_micro_batches
         size = prompts.shape[0] // count
 
@@ -390,6 +416,7 @@ class Program:
                 lengths,
                 place=place,
                 lookup=lookup,
+                attention=attention,
                 row=row,
             )
             where = jnp.int32(tokens.shape[1]) if lengths is None else lengths

@@ -5,13 +5,16 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from jaxllm.config import PRESETS
 from jaxllm.decode import GREEDY, Sampling
 from jaxllm.model import Layers, init_params
-from sharding.layout import Layout
+from sharding.attention import KERNELS, Attention, Kernel
+from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
@@ -37,6 +40,8 @@ def run(
     ragged: bool,
     batch: int,
     sampling: Sampling = GREEDY,
+    ticks: Ticks = "scanned",
+    attention: Attention = "blocks",
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
     config, partition = MODELS[model], Partition.parse(name, rules)
@@ -51,6 +56,8 @@ def run(
             ),
             dtype="float32",
             layers=layers,
+            ticks=ticks,
+            attention=attention,
             ragged=ragged,
             with_logits=True,
             sampling=sampling,
@@ -139,6 +146,101 @@ def test_equals_one_device(
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(tokens, expected_tokens)
     assert layout.groups in (1, layout.partition.stage)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "rules", "ragged", "batch", "sampling"),
+    [
+        ("tiny", "pp2", "megatron", False, BATCH, GREEDY),
+        ("tiny", "pp8", "megatron", False, BATCH, GREEDY),
+        ("tiny", "tp2_pp4", "megatron", True, BATCH, GREEDY),
+        ("tiny", "dp2_tp2_pp2", "two_d", False, BATCH, GREEDY),
+        ("tiny", "tp4_pp2", "kv_seq", True, BATCH, GREEDY),
+        ("tiny", "tp4_pp2", "sequence", False, BATCH, GREEDY),
+        ("tiny-odd", "tp3_pp2", "megatron", True, BATCH, DRAWN),
+        ("tiny", "dp2_pp4", "megatron", True, BATCH, DRAWN),
+        # One group, which every stage but one must not write for.
+        ("tiny", "pp8", "megatron", True, 2, GREEDY),
+        ("tiny", "tp4_pp2", "megatron", False, 1, GREEDY),
+        ("tiny", "pp4", "megatron", True, 2, DRAWN),
+    ],
+)
+def test_unrolled_ticks_equal_one_device(
+    model: str, name: str, rules: str, ragged: bool, batch: int, sampling: Sampling
+) -> None:
+    tokens, logits, layout = run(
+        model, name, rules, "unrolled", ragged, batch, sampling, "unrolled"
+    )
+    expected_tokens, expected_logits, _ = one_device(model, ragged, batch, sampling)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    slots = layout.named_state().cache[0]
+    assert len(slots) == layout.groups
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "layers", "ragged"),
+    [
+        ("tp1", "megatron", "unrolled", False),
+        ("tp8", "megatron", "scanned", False),  # each head twice
+        ("tp4", "sequence", "unrolled", False),
+        ("tp4", "kv_seq", "unrolled", True),
+        ("tp2", "replicated", "unrolled", False),
+        ("dp2_tp4", "megatron", "unrolled", True),
+        ("dp2_tp4", "two_d", "unrolled", False),
+        ("pp2", "megatron", "unrolled", False),
+        ("tp4_pp2", "kv_seq", "scanned", False),
+        ("dp2_tp2_pp2", "megatron", "unrolled", False),
+        ("dp2_tp2_pp2", "two_d", "unrolled", False),
+    ],
+)
+def test_a_kernel_sees_the_arrays_of_one_device(
+    name: str,
+    rules: str,
+    layers: Layers,
+    ragged: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain attention in the place of a kernel that the compiler cannot split."""
+    seen: list[tuple[int, ...]] = []
+
+    def opaque(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        seen.append(q.shape)
+        return _opaque(q, k, v)
+
+    kernel = Kernel(function=opaque, is_opaque=True)
+    monkeypatch.setitem(KERNELS, "cudnn", kernel)
+    tokens, logits, layout = run(
+        "tiny", name, rules, layers, ragged, BATCH, attention="cudnn"
+    )
+    expected_tokens, expected_logits, _ = one_device("tiny", ragged, BATCH)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    partition, model = layout.partition, layout.model
+    heads = model.num_kv_heads // partition.ways("heads")
+    assert {shape[2] for shape in seen} == {heads}
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("the kernel was left to the partitioner")
+
+
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns causal attention from all scores at once."""
+    scores = jnp.einsum("BtKGH,BsKH->BKGts", q, k) * q.shape[-1] ** -0.5
+    seen = jnp.tri(q.shape[1], dtype=bool)[None, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("BKGts,BsKH->BtKGH", weights, v)
+
+
+# As cuDNN's kernel in JAX: a call with rules of its own for the partitioner, which
+# need not work inside a `jax.shard_map` over some axes.
+_opaque = custom_partitioning(_plain)
+_opaque.def_partition(
+    partition=_never,
+    infer_sharding_from_operands=_never,
+    sharding_rule="b t k g h, b t k h, b t k h -> b t k g h",
+)
 
 
 @pytest.mark.parametrize(

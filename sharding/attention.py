@@ -1,0 +1,126 @@
+"""Attention of prompts by name: how it is computed, where it can be, how it is mapped.
+
+A kernel from a library is opaque to the compiler, which can neither split it nor look
+into it: it is mapped over the mesh, so that it sees the arrays of one device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.attention import PromptAttention, causal_attention, cudnn_attention
+from jaxllm.config import ModelConfig
+from sharding.rules import AxisRules
+from sharding.target import Target
+
+Attention = Literal["blocks", "cudnn"]
+
+_QUERIES = ("cache_batch", "seq", "heads", None, "head_dim")
+_KEYS = ("cache_batch", "seq", "heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to compute it.
+
+    Attributes:
+      function: on arrays; of one device if `is_opaque`.
+      is_opaque: the compiler cannot split it.
+      platforms: whose attached devices it runs on; None if it is made of ordinary
+        operations, which every target has.
+      dtypes: of activations; None for all.
+      max_head_dim: widest head; None for all.
+    """
+
+    function: PromptAttention
+    is_opaque: bool = False
+    platforms: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    max_head_dim: int | None = None
+
+
+# cuDNN takes heads of up to 256 on a Hopper GPU and 128 before, in multiples of 8.
+KERNELS: dict[Attention, Kernel] = {
+    "blocks": Kernel(function=causal_attention),
+    "cudnn": Kernel(
+        function=cudnn_attention,
+        is_opaque=True,
+        platforms=("cuda",),
+        dtypes=("bfloat16", "float16"),
+        max_head_dim=128,
+    ),
+}
+
+
+def refusal(
+    name: Attention, config: ModelConfig, dtype: str, target: Target | None = None
+) -> str | None:
+    """Returns why attention `name` cannot be used, None if it can.
+
+    Args:
+      name: of the attention.
+      config: the model.
+      dtype: of activations.
+      target: where it would run, if that is known.
+    """
+    if name not in KERNELS:
+        return (
+            f"no attention {name!r}; there are {', '.join(KERNELS)}. Choose one of"
+            " them."
+        )
+    kernel, width = KERNELS[name], config.head_dim
+    rest = "Use attention='blocks', which has no such limit."
+    if kernel.dtypes and jnp.dtype(dtype).name not in kernel.dtypes:
+        return (
+            f"attention {name!r} in {dtype}: its kernel takes"
+            f" {' and '.join(kernel.dtypes)} only. {rest}"
+        )
+    if kernel.max_head_dim and (width > kernel.max_head_dim or width % 8):
+        return (
+            f"attention {name!r} with heads {width} wide: its kernel takes multiples of"
+            f" 8 up to {kernel.max_head_dim}. {rest}"
+        )
+    if target is None or kernel.platforms is None:
+        return None
+    if target.platform not in kernel.platforms or target.compile_only:
+        what = "described" if target.compile_only else "attached"
+        return (
+            f"attention {name!r} for target {target.name}, {what} devices of platform"
+            f" {target.platform}: its kernel is compiled on attached devices of"
+            f" {', '.join(kernel.platforms)} alone, by their own libraries. {rest}"
+        )
+    return None
+
+
+def prompt_attention(
+    name: Attention, rules: AxisRules, axes: Sequence[str], manual: Sequence[str]
+) -> PromptAttention:
+    """Returns attention `name` of a whole prompt, for use in a partitioned program.
+
+    An opaque kernel is mapped over every axis that no enclosing `jax.shard_map`
+    handles, those of size 1 included: JAX puts a kernel with partitioning rules of its
+    own (`custom_partitioning`, as cuDNN's) in place as it is only where all axes of
+    the mesh are manual.
+
+    Args:
+      name: of the attention.
+      rules: how prompts and heads are split.
+      axes: of the mesh.
+      manual: those of `axes` that an enclosing `jax.shard_map` handles.
+    """
+    kernel = KERNELS[name]
+    if not kernel.is_opaque:
+        return kernel.function
+    inner = tuple(axis for axis in axes if axis not in manual)
+    queries = rules.spec(_QUERIES, phase="prefill", keep=inner)
+    keys = rules.spec(_KEYS, phase="prefill", keep=inner)
+    return jax.shard_map(
+        kernel.function,
+        in_specs=(queries, keys, keys),
+        out_specs=queries,
+        axis_names=set(inner),
+        check_vma=False,
+    )
