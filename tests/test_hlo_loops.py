@@ -105,6 +105,11 @@ def test_a_data_dependent_loop_is_labelled_and_may_be_told_its_length() -> None:
     assert read_ledger(_text(), trip_counts={"w": 7}).loops[0].trip_count == 10
 
 
+def test_a_trip_count_told_of_no_loop_is_said() -> None:
+    (warning,) = read_ledger(_text(), trip_counts={"v": 7}).warnings
+    assert warning == "no loop v, whose trip count was told; there are: w."
+
+
 NESTED = """\
 HloModule m
 %inner (c: (s32[], s32[], f32[4])) -> (s32[], s32[], f32[4]) {

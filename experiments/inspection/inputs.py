@@ -12,10 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.evaluate import layers_of
 from experiments.inspection.dumps import Dump, choose, list_dumps
 from experiments.report import units
 from jaxllm import config as config_lib
+from sharding import choices
 from sharding.chips import Chip
 from sharding.partition import Partition, Workload
 from sharding.partition import check as check_partition
@@ -222,8 +222,7 @@ def _program(question: ProgramQuestion) -> tuple[Program, Target]:
         workload=workload,
         dtype=q.dtype,
     )
-    layers = layers_of(target.platform, program) if q.layers == "auto" else q.layers
-    return dataclasses.replace(program, layers=layers), target  # pyright: ignore[reportArgumentType]
+    return choices.choose(program, target, layers=q.layers), target
 
 
 def _read_file(question: FileQuestion) -> Subject:
@@ -237,7 +236,7 @@ def _read_file(question: FileQuestion) -> Subject:
         ) from None
     title = path.name if path else "standard input"
     facts: list[str] = []
-    program: str | bytes = data
+    program: Any = path or data
     if b"\0" not in data:  # else a proto, or compressed
         program = text = data.decode("utf-8", errors="replace")
         _refuse_other_text(text, title)

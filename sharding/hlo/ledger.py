@@ -53,7 +53,7 @@ def read_ledger(
       kernels: FLOPs of one execution of hand-written kernels that carry no cost
         estimate, by custom call target or by the last part of their op_name.
       trip_counts: of loops whose length depends on data, by `Loop.name`; those not
-        named are counted for one iteration.
+        named are counted for one iteration, and a name of no loop is a warning.
 
     Raises:
       ValueError: text that cannot be read, an operation whose cost is not known,
@@ -131,6 +131,12 @@ class _Walker:
         self._tally = _Tally()
 
     def ledger(self) -> Ledger:
+        loops = dict.fromkeys(loop.name for loop in self._tally.loops)
+        if idle := [name for name in self._trip_counts if name not in loops]:
+            self._tally.warnings.append(
+                f"no loop {', '.join(idle)}, whose trip count was told; there are:"
+                f" {', '.join(loops) or 'none'}."
+            )
         return Ledger(
             costs=tuple(self._tally.costs),
             collectives=_merge(self._tally.found),

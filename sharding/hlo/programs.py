@@ -49,7 +49,7 @@ def load(program: Program) -> Loaded:
       ValueError: a file or bytes that hold no program.
     """
     if isinstance(program, bytes | bytearray | memoryview):
-        return _from_bytes(bytes(program), "the bytes given")
+        return _from_bytes(bytes(program), "what was given")
     if isinstance(program, str) and ("\n" in program or "HloModule" in program):
         return Loaded(text=program)
     if isinstance(program, str | os.PathLike):
