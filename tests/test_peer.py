@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from experiments import peer_torch
-from experiments.peer_torch import Peer
+from experiments import peer as peer_lib
+from experiments.peer import Peer
 from experiments.report import tables
 from experiments.report.record import Record
 from jaxllm.config import PRESETS
@@ -59,7 +59,7 @@ def peer() -> Peer:
 
 def _measured(peer: Peer, **changes: object) -> Record:
     point = dataclasses.replace(POINT, **changes)
-    return peer_torch.measure(peer, PRESETS["tiny"], point, 3, ["warned"])
+    return peer_lib.measure(peer, PRESETS["tiny"], point, 3, ["warned"])
 
 
 def test_a_record_of_torch_is_whole(peer: Peer) -> None:
@@ -84,7 +84,7 @@ def test_ratio_to_ours_at_the_same_shape(peer: Peer) -> None:
     figures = {"ttft_s": 1.5, "tpot_s": 0.2}
     ours = dataclasses.replace(theirs, partition="tp2", **figures)  # pyright: ignore
     other = dataclasses.replace(ours, input_len=7)
-    _, rows = peer_torch.beside([theirs], [ours, other])
+    _, rows = peer_lib.beside([theirs], [ours, other])
     assert rows == [
         ["2", "tp2", "1.50 s", "3.00 s", "2.00", "200 ms", "500 ms", "2.50"]
     ]
@@ -93,7 +93,7 @@ def test_ratio_to_ours_at_the_same_shape(peer: Peer) -> None:
 
 def test_every_size_is_handed_on() -> None:
     c = PRESETS["llama-3.1-8b"]
-    found = peer_torch._hf_config(c)
+    found = peer_lib._hf_config(c)
     assert found["hidden_size"] == 4096
     assert found["intermediate_size"] == 14336
     assert found["num_key_value_heads"] == 8
