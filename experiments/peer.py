@@ -12,6 +12,7 @@ from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
 from jaxllm.config import ModelConfig
 from sharding import guard, limits, timing
+from sharding.chips import find_chip
 from sharding.partition import Partition, Workload
 from sharding.program import Phase, Program
 from sharding.timing import Run
