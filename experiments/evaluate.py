@@ -26,8 +26,7 @@ from experiments.report.record import (
     metrics,
 )
 from jaxllm import config as config_lib
-from jaxllm.model import Layers
-from sharding import hlo, limits
+from sharding import choices, hlo, limits
 from sharding.estimate import Estimate, estimate
 from sharding.partition import Partition, Workload, check, parse_partitions
 from sharding.program import CompiledProgram, Phase, Program
@@ -42,9 +41,6 @@ _PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 _TOO_LARGE = re.compile(
     r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
 )
-# Up to so many tokens a micro-batch, copying a weight before use shows: on an H100,
-# 2 x 8192 / 989e12 s to compute with it, and 4 / 3.35e12 s, 7 % of that, to copy it.
-_HIDDEN_COPY_TOKENS = 8192
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -187,12 +183,7 @@ def evaluate(point: Point) -> Record:
     except ValueError as error:
         return record(status="refused", reason=str(error))
     prefill, decode = (
-        dataclasses.replace(
-            program,
-            layers=layers_of(target.platform, program)
-            if point.layers == "auto"
-            else point.layers,
-        )
+        choices.choose(program, target, layers=point.layers)
         for program in (prefill, decode)
     )
 
@@ -243,19 +234,6 @@ def evaluate(point: Point) -> Record:
         num_chips=target.num_chips,
     )
     return record(status="ok", **phases, **memory, **found)
-
-
-def layers_of(platform: str, program: Program) -> Layers:
-    """Returns how layers are best written for `platform`: "unrolled" or "scanned".
-
-    A loop over stacked weights compiles up to ten times faster. XLA:TPU reads each
-    layer's weights where they lie in the stack. XLA:GPU and XLA:CPU copy them first,
-    two more passes over all weights, which only large micro-batches of prefill hide.
-    """
-    rows = program.layout.replica_batch // program.prefill_micro_batches
-    tokens = rows * program.workload.input_len
-    hidden = program.phase == "prefill" and tokens > _HIDDEN_COPY_TOKENS
-    return "scanned" if platform == "tpu" or hidden else "unrolled"
 
 
 def price(

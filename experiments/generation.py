@@ -15,12 +15,12 @@ import numpy as np
 
 from experiments.trained import Trained
 from jaxllm.decode import GREEDY, Sampling
-from jaxllm.model import Layers, Params
-from sharding import run
+from jaxllm.model import Params
+from sharding import choices, run
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
-from sharding.program import CompiledProgram, Phase, Program
+from sharding.program import CompiledProgram, Program
 from sharding.target import Target
 
 _LEAST_BUCKET = 16
@@ -88,7 +88,7 @@ class Generator:
       partition: how it is split.
       target: devices that run.
       dtype: of parameters, activations and cache.
-      layers: unrolled or scanned.
+      layers: unrolled, scanned or auto, which is what is best for text.
       max_new_tokens: at most so many a prompt.
       sampling: how tokens are picked.
       batch_size: prompts at once; rounded up to what the partition can split.
@@ -104,29 +104,30 @@ class Generator:
         target: Target,
         *,
         dtype: str = "float32",
-        layers: Layers = "scanned",
+        layers: str = "auto",
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
         batch_size: int = 1,
     ):
         self.model, self.partition, self.target = model, partition, target
         self.dtype, self.sampling = dtype, sampling
-        self.layers: Layers = layers
+        self.layers = layers
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self._rows = padded_batch(partition, batch_size)
         self._mesh = make_mesh(target.mesh_devices(partition.shape))
         self._compiled: dict[int, tuple[CompiledProgram, CompiledProgram]] = {}
         self._params: Params | None = None
-        self._program("prefill", self.input_len(1))  # refuses what does not fit
+        self._programs(self.input_len(1))  # refuses what does not fit
 
     def input_len(self, length: int) -> int:
         """Returns the prompt length that programs are compiled for."""
         return bucket(length, self.partition.ways("residual_seq"))
 
-    def _program(self, phase: Phase, input_len: int) -> Program:
-        return Program(
-            phase=phase,
+    def _programs(self, input_len: int) -> tuple[Program, Program]:
+        """Returns prefill and decode, not yet compiled."""
+        prefill = Program(
+            phase="prefill",
             config=self.model.config,
             partition=self.partition,
             workload=Workload(
@@ -135,9 +136,15 @@ class Generator:
                 output_len=self.max_new_tokens,
             ),
             dtype=self.dtype,
-            layers=self.layers,
             ragged=True,
             sampling=self.sampling,
+        )
+        return choices.choose_both(
+            prefill,
+            dataclasses.replace(prefill, phase="decode"),
+            self.target,
+            layers=self.layers,
+            table=choices.LAYERS_FOR_TEXT,
         )
 
     def prepare(
@@ -150,13 +157,12 @@ class Generator:
           tell: what is done, as it changes.
         """
         input_len = self.input_len(max(lengths))
-        phases: tuple[Phase, ...] = ("prefill", "decode")
         if input_len in self._compiled and self._params is not None:
             return
-        programs = [self._program(phase, input_len) for phase in phases]
+        programs = self._programs(input_len)
         tell("Compiling")
         # Compilers leave Python alone, so parameters are read meanwhile.
-        with concurrent.futures.ThreadPoolExecutor(len(phases)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
             compiled = pool.map(lambda program: program.compile(self.target), programs)
             if self._params is None:
                 self._params = self.model.load(
@@ -195,7 +201,7 @@ class Generator:
         """Yields the next token of every prompt, and of the rows that fill up."""
         input_len = self.input_len(max(len(prompt.tokens) for prompt in prompts))
         prefill, decode = self._compiled[input_len]
-        layout: Layout = self._program("decode", input_len).layout
+        layout: Layout = self._programs(input_len)[1].layout
         tokens = np.zeros((self._rows, input_len), np.int32)
         lengths = np.ones(self._rows, np.int32)
         for row, prompt in enumerate(prompts):

@@ -2,15 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from experiments import trained
 from experiments.generation import Generator, Prompt
 from experiments.trained import Trained
 from jaxllm.decode import Sampling
-from jaxllm.model import Layers
 from sharding.partition import Partition
-from sharding.target import Target
 
 _LARGEST_BATCH = 64  # unless another size is asked for
 
@@ -88,7 +86,7 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
         dtype=("float32" if on_cpu else "bfloat16")
         if ask.dtype == "auto"
         else ask.dtype,
-        layers=cast(Layers, layers_of(target) if ask.layers == "auto" else ask.layers),
+        layers=ask.layers,
         max_new_tokens=ask.max_new_tokens,
         sampling=Sampling(**how),
         batch_size=ask.batch_size or min(len(prompts), _LARGEST_BATCH),
@@ -96,16 +94,6 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
     if wrong:
         return None, wrong
     return Plan(generator=generator, prompts=tuple(prompts)), []
-
-
-def layers_of(target: Target) -> Layers:
-    """Returns how layers are best written where few tokens are made.
-
-    A loop over stacked weights compiles in half the time and less. XLA:GPU pays for it
-    with every token, XLA:CPU too, but there SmolLM2-135M under tp3_pp2 has made seventy
-    tokens before the unrolled program is compiled; on one device it is no slower.
-    """
-    return "unrolled" if target.platform in ("cuda", "rocm") else "scanned"
 
 
 def _check_numbers(ask: Ask) -> None:

@@ -24,7 +24,7 @@ from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
 from jaxllm import config as config_lib
 from jaxllm.model import Params
-from sharding import guard, kernels, limits, timing
+from sharding import choices, guard, kernels, limits, timing
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
@@ -126,13 +126,7 @@ def measure(point: Point, how: How) -> Record:
         )
     except ValueError as error:
         return record(status="refused", reason=str(error))
-    # Both phases use the same parameters, so they are written as decode needs them.
-    layers: Any = point.layers
-    if layers == "auto":
-        layers = evaluate.layers_of(target.platform, decode)
-    prefill, decode = (
-        dataclasses.replace(program, layers=layers) for program in (prefill, decode)
-    )
+    prefill, decode = choices.choose_both(prefill, decode, target, layers=point.layers)
     memory: dict[str, Any] = dict(
         available_bytes=timing.allocated_bytes(target.devices, "bytes_limit")
         or int(target.chip.per_device().hbm_bytes)
@@ -181,7 +175,7 @@ def _timed(
     found = timing.measure(
         generate, output_len=point.output_len, calls=calls, repeats=how.repeats
     )
-    busy = guard.while_running(lambda: generate(calls)) if before else []
+    busy = guard.while_running(functools.partial(generate, calls)) if before else []
     held = timing.allocated_bytes(target.devices, "bytes_in_use")
     peak, peak_reason = _peak(target, first_peak)
     if how.profile:

@@ -15,10 +15,7 @@ from experiments.report.record import Record
 from experiments.report.store import Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
-from jaxllm.config import PRESETS
 from sharding import hlo
-from sharding.partition import Partition, Workload
-from sharding.program import Phase, Program
 from sharding.target import parse_target
 from tests import fakes
 
@@ -183,27 +180,6 @@ def test_the_whole_road_on_virtual_devices(tmp_path: pathlib.Path) -> None:
     again = _tradeoff(*ask)
     assert "6 of 6 points are in" in again.stdout
     assert store.read_records(tmp_path)[0] == records
-
-
-@pytest.mark.parametrize(
-    ("platform", "phase", "batch_size", "layers"),
-    [
-        ("tpu", "decode", 16, "scanned"),
-        ("cuda", "decode", 16, "unrolled"),
-        ("cuda", "prefill", 1, "unrolled"),
-        ("cuda", "prefill", 16, "scanned"),
-    ],
-)
-def test_layers_are_a_loop_where_its_copies_do_not_show(
-    platform: str, phase: Phase, batch_size: int, layers: str
-) -> None:
-    program = Program(
-        phase=phase,
-        config=PRESETS["llama-3.1-8b"],
-        partition=Partition(tensor=8),
-        workload=Workload(batch_size=batch_size, input_len=2048, output_len=128),
-    )
-    assert evaluate.layers_of(platform, program) == layers
 
 
 def test_a_refusal_for_memory_is_read_in_bytes() -> None:

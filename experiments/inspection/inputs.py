@@ -178,6 +178,8 @@ def read(question: Question) -> Subject:
         f"rules {q.rules}",
         q.dtype,
         f"layers {program.layers}",
+        *([f"ticks {program.ticks}"] if program.partition.stage > 1 else []),
+        *([f"attention {program.attention}"] if q.phase == "prefill" else []),
         f"compiled in {units.seconds(compiled.compile_s)}",
     )
     return Subject(

@@ -1,0 +1,158 @@
+"""One table says how programs are written for a target."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxllm.config import PRESETS
+from sharding import choices
+from sharding.attention import refusal
+from sharding.partition import Partition, Workload
+from sharding.program import Phase, Program
+from sharding.target import Target, parse_target
+
+CPU = parse_target("cpu:8")
+
+
+def on(platform: str, attached: bool = True) -> Target:
+    """Returns a target that is only asked what it is."""
+    return dataclasses.replace(
+        CPU, name=platform, platform=platform, compile_only=not attached
+    )
+
+
+def program(
+    phase: Phase = "prefill",
+    name: str = "tp8",
+    batch: int = 16,
+    model: str = "llama-3.1-8b",
+    dtype: str = "bfloat16",
+) -> Program:
+    return Program(
+        phase=phase,
+        config=PRESETS[model],
+        partition=Partition.parse(name),
+        workload=Workload(batch_size=batch, input_len=2048, output_len=128),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "phase", "batch_size", "layers"),
+    [
+        ("tpu", "decode", 16, "scanned"),
+        ("cuda", "decode", 16, "unrolled"),
+        ("cuda", "prefill", 1, "unrolled"),
+        ("cuda", "prefill", 16, "scanned"),
+    ],
+)
+def test_layers_are_a_loop_where_its_copies_do_not_show(
+    platform: str, phase: Phase, batch_size: int, layers: str
+) -> None:
+    asked = program(phase, batch=batch_size)
+    assert choices.choose(asked, on(platform, attached=False)).layers == layers
+
+
+def test_layers_for_text_compile_soon() -> None:
+    table = choices.LAYERS_FOR_TEXT
+    asked = program("decode", "pp2")
+    for platform, layers in (("cpu", "scanned"), ("cuda", "unrolled")):
+        found = choices.choose(asked, on(platform), table=table)
+        assert (found.layers, found.ticks) == (layers, layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "attached", "layers", "ticks"),
+    [
+        ("tp8", 16, True, "auto", "scanned"),  # there are none
+        ("pp8", 16, True, "auto", "unrolled"),
+        ("pp8", 2, True, "auto", "unrolled"),
+        ("pp8", 16, False, "auto", "unrolled"),
+        ("pp8", 2, False, "auto", "scanned"),  # one group, one slot
+        ("pp8", 16, True, "scanned", "scanned"),
+    ],
+)
+def test_ticks_are_unrolled_where_slots_would_be_copied(
+    name: str, batch: int, attached: bool, layers: str, ticks: str
+) -> None:
+    asked = program("decode", name, batch)
+    found = choices.choose(asked, on("cuda", attached), layers=layers)
+    assert found.ticks == ticks
+
+
+@pytest.mark.parametrize(
+    ("platform", "attached", "phase", "dtype", "attention"),
+    [
+        ("cuda", True, "prefill", "bfloat16", "cudnn"),
+        ("cuda", True, "prefill", "float32", "blocks"),
+        ("cuda", True, "decode", "bfloat16", "blocks"),
+        ("cuda", False, "prefill", "bfloat16", "blocks"),
+        ("rocm", True, "prefill", "bfloat16", "blocks"),
+        ("cpu", True, "prefill", "bfloat16", "blocks"),
+        ("tpu", False, "prefill", "bfloat16", "blocks"),
+    ],
+)
+def test_cudnn_is_for_attached_gpus(
+    platform: str, attached: bool, phase: Phase, dtype: str, attention: str
+) -> None:
+    found = choices.choose(program(phase, dtype=dtype), on(platform, attached))
+    assert found.attention == attention
+
+
+def test_both_phases_share_parameters_and_cache() -> None:
+    prefill, decode = choices.choose_both(
+        program("prefill", "pp8"), program("decode", "pp8"), on("cuda")
+    )
+    assert prefill.layout == decode.layout
+    assert (prefill.layers, prefill.ticks) == ("unrolled", "unrolled")
+    assert (prefill.attention, decode.attention) == ("cudnn", "blocks")
+
+
+def test_cudnn_is_refused_where_it_cannot_work() -> None:
+    asked = dataclasses.replace(
+        program(model="tiny", dtype="bfloat16"),
+        config=dataclasses.replace(PRESETS["tiny"], head_dim=16),
+    )
+    asked = dataclasses.replace(asked, attention="cudnn")
+    with pytest.raises(ValueError, match=r"target cpu:8, attached.*Use attention="):
+        asked.compile(CPU)
+    described = on("cuda", attached=False)
+    reason = refusal("cudnn", asked.config, "bfloat16", described)
+    assert "described devices" in str(reason)
+    assert refusal("cudnn", asked.config, "bfloat16", on("cuda")) is None
+    wide = dataclasses.replace(asked.config, head_dim=256)
+    with pytest.raises(ValueError, match=r"heads 256 wide.*multiples of 8 up to 128"):
+        dataclasses.replace(asked, config=wide)
+    with pytest.raises(ValueError, match="in float32: its kernel takes bfloat16"):
+        dataclasses.replace(asked, dtype="float32")
+    with pytest.raises(ValueError, match="no attention 'flash'; there are blocks"):
+        dataclasses.replace(asked, attention="flash")  # pyright: ignore
+
+
+def test_ticks_are_not_unrolled_around_scanned_layers() -> None:
+    asked = program("decode", "pp8")
+    with pytest.raises(ValueError, match="Unroll the layers as well"):
+        dataclasses.replace(asked, layers="scanned", ticks="unrolled")
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2_tp2_pp2"])
+def test_cudnn_is_called_with_the_arrays_of_one_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As JAX lowers it for CUDA, which needs no GPU; compiling it would."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    partition = Partition.parse(name)
+    asked = dataclasses.replace(
+        program(name=name),
+        attention="cudnn",
+        config=dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2),
+    )
+    target = parse_target(f"h100:{partition.num_devices}")
+    mesh = jax.sharding.Mesh(
+        target.mesh_devices(partition.shape), ("data", "stage", "tensor")
+    )
+    text = asked.lower(mesh).as_text()
+    assert "CustomSPMDPartitioning" not in text
+    assert "__cudnn$fmhaSoftmax" in text
