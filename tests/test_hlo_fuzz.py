@@ -97,6 +97,8 @@ A = "%a = f32[8] parameter(0)"
          "twice in computation %e"),
         ([A, "ROOT %r = f32[8] negate(%a)"], "HloModule m, num_partitions=99999999",
          "at most 1048576"),
+        ([A, "ROOT %r = f32[8] negate(%a), kind=kLoop, calls=%add"], HEAD,
+         "only fusions and calls have calls=: %r ="),
         ([A, "ROOT %r = f32[8] fusion(%a), kind=kLoop, calls=%add"], HEAD,
          "%add does not take the operands of: %r ="),
         (["%a = f32[] parameter(0)",

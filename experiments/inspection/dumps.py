@@ -9,7 +9,8 @@ from experiments.report import units
 
 # Such as module_0001.jit_f.sm_9.0_gpu_after_optimizations.txt; TPU writes .cl_123.
 _OPTIMISED = re.compile(
-    r"(?P<name>.+?)(\.(sm|cl)_\d+)?\.([^.]*_)?after_optimizations(\.txt|\.hlo\.pb)"
+    r"(?P<name>.+?)(\.(sm|cl)_\d+)?\.([^.]*_)?after_optimizations"
+    r"(\.txt|\.hlo\.pb(\.gz)?)"
 )
 
 

@@ -27,6 +27,7 @@ from sharding.hlo.roofline import Bound
 _LARGEST_PX, _NAMED, _LISTED = 46, 5, 6
 _LEAST_FLOPS_PER_BYTE = 0.01
 _PLOT_PX, _LETTER_PX, _LINE_PX, _LEAD_PX = (1080, 380), 5.9, 16, 24
+_NARROW = 0.5  # of that width a name must still fit
 _WORTH_A_NAME = 0.02  # of the time of all points
 
 
@@ -151,7 +152,7 @@ def _name_largest(
         at = _PLOT_PX[0] * (x - x_range[0]) / (x_range[1] - x_range[0])
         height = _PLOT_PX[1] * (y_range[1] - y) / (y_range[1] - y_range[0])
         width = _LETTER_PX * len(text)
-        is_right = at + _LEAD_PX + width > _PLOT_PX[0]
+        is_right = at * _NARROW + _LEAD_PX + width > _PLOT_PX[0] * _NARROW
         left = at - _LEAD_PX - width if is_right else at + _LEAD_PX
         down = 30
         while any(

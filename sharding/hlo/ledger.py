@@ -34,6 +34,7 @@ from sharding.hlo.traffic import TrafficCounter
 # take as long as one on a link, near H100's 3.35e12 / 450e9 and v5p's 2.77e12 / 300e9.
 _FLOPS_PER_BYTE = 256
 _HBM_BYTES_PER_WIRE_BYTE = 8
+_CALLERS = ("async", "call", "custom-call", "fusion")  # opcodes with calls=
 
 
 def read_ledger(
@@ -164,6 +165,8 @@ class _Walker:
         loop: str,
     ) -> None:
         opcode = base_opcode(instruction)
+        if ", calls=" in instruction.rest:
+            _check_calls(instruction)
         if opcode == "while":
             self._while(instruction, computation, scope, loop)
         elif opcode == "conditional":
@@ -330,6 +333,12 @@ class _Walker:
             raise ValueError(
                 f"point-to-point send and recv are not costed yet: {instruction}"
             )
+
+
+def _check_calls(instruction: Instruction) -> None:
+    """Raises ValueError if an instruction that calls nothing names a computation."""
+    if not instruction.opcode.startswith(_CALLERS) and instruction.attr("calls"):
+        raise ValueError(f"only fusions and calls have calls=: {instruction}")
 
 
 def _check_done(instruction: Instruction, computation: Computation) -> None:
