@@ -166,7 +166,9 @@ def test_a_snapshot_is_refused(module_proto: bytes) -> None:
         (b"\x7fELF\x02\x01", ValueError, r"ELF.*--xla_dump_to"),
         (b"\x0a\xff\xff", ValueError, "holds no program"),
         ("no/such/file.txt", ValueError, r"no file 'no/such/file.txt'"),
-        ("some\nlines", ValueError, "cannot read line: some"),
+        ("", ValueError, "the text is empty"),
+        ("some\nlines", ValueError, "the text holds no program.*begins with 'some"),
+        ("module @jit_f {\n}\n", ValueError, r"is StableHLO.*compile\(\).as_text"),
         (7, TypeError, "cannot inspect a int"),
     ],
 )

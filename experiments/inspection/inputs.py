@@ -17,6 +17,7 @@ from experiments.report import units
 from jaxllm import config as config_lib
 from sharding import choices
 from sharding.chips import Chip
+from sharding.hlo.programs import refuse_other_text
 from sharding.partition import Partition, Workload
 from sharding.partition import check as check_partition
 from sharding.program import Memory, Phase, Program
@@ -241,7 +242,7 @@ def _read_file(question: FileQuestion) -> Subject:
     program: Any = path or data
     if b"\0" not in data:  # else a proto, or compressed
         program = text = data.decode("utf-8", errors="replace")
-        _refuse_other_text(text, title)
+        refuse_other_text(text, title)
         facts.append(f"{len(text.splitlines()):,} lines")
     if every:
         chosen = "the largest of" if question.module is None else "one of"
@@ -255,28 +256,6 @@ def _read_file(question: FileQuestion) -> Subject:
             dataclasses.replace(dump, is_chosen=dump.path == path) for dump in every
         ),
     )
-
-
-def _refuse_other_text(text: str, title: str) -> None:
-    """Refuses text that is something else than optimised HLO, where that is plain."""
-    start = text.lstrip()[:200]
-    if not start:
-        raise ValueError(
-            f"{title} is empty. A program is the text of compiled.as_text(). Was it"
-            " written?"
-        )
-    if start.startswith(("module @", "module {", "#loc", "#map")):
-        raise ValueError(
-            f"{title} is StableHLO, what a program is before XLA compiles it; it has"
-            " no layouts, fusions or collectives yet. Pass the text of"
-            " jitted.lower(...).compile().as_text()."
-        )
-    if "HloModule" not in text and "ENTRY" not in text:
-        raise ValueError(
-            f"{title} holds no program: it has no line that begins with HloModule or"
-            f" ENTRY, but begins with {start[:40]!r}. Pass the text of"
-            " jitted.lower(...).compile().as_text(), or what --xla_dump_to wrote."
-        )
 
 
 def _find(question: FileQuestion) -> tuple[pathlib.Path | None, Sequence[Dump]]:

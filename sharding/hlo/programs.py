@@ -50,7 +50,10 @@ def load(program: Program) -> Loaded:
     """
     if isinstance(program, bytes | bytearray | memoryview):
         return _from_bytes(bytes(program), "what was given")
-    if isinstance(program, str) and ("\n" in program or "HloModule" in program):
+    if isinstance(program, str) and (
+        not program or "\n" in program or "HloModule" in program
+    ):
+        refuse_other_text(program, "the text")
         return Loaded(text=program)
     if isinstance(program, str | os.PathLike):
         path = pathlib.Path(program)
@@ -69,6 +72,32 @@ def load(program: Program) -> Loaded:
         " function (jax.jit(f).lower(...).compile()), HLO text, or the path of a file"
         f" from --xla_dump_to.{hint or ' Pass one of these.'}"
     )
+
+
+def refuse_other_text(text: str, title: str) -> None:
+    """Refuses text that is something else than optimised HLO, where that is plain.
+
+    Raises:
+      ValueError: it is empty, StableHLO, or has no program's lines.
+    """
+    start = text.lstrip()[:200]
+    if not start:
+        raise ValueError(
+            f"{title} is empty. A program is the text of compiled.as_text(). Was it"
+            " written?"
+        )
+    if start.startswith(("module @", "module {", "#loc", "#map")):
+        raise ValueError(
+            f"{title} is StableHLO, what a program is before XLA compiles it; it has"
+            " no layouts, fusions or collectives yet. Pass the text of"
+            " jitted.lower(...).compile().as_text()."
+        )
+    if "HloModule" not in text and "ENTRY" not in text:
+        raise ValueError(
+            f"{title} holds no program: it has no line that begins with HloModule or"
+            f" ENTRY, but begins with {start[:40]!r}. Pass the text of"
+            " jitted.lower(...).compile().as_text(), or what --xla_dump_to wrote."
+        )
 
 
 def _from_compiled(compiled: Any) -> Loaded:
