@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from sharding.hlo import custom_calls
+from sharding.hlo.aliases import branches
 from sharding.hlo.collectives import CollectiveFinder, Found
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.groups import AxisNamer
@@ -292,18 +293,12 @@ class _Walker:
         scope: Scope,
         loop: str,
     ) -> None:
-        names = [
-            n.strip().lstrip("%")
-            for n in (instruction.attr("branch_computations") or "{}")[1:-1].split(",")
-            if n.strip()
-        ] or [
-            n
-            for key in ("true_computation", "false_computation")
-            if (n := instruction.called(key))
+        called = [
+            self._module.computation(name, instruction)
+            for name in branches(instruction)
         ]
-        if not names:
+        if not called:
             raise ValueError(f"conditional without branches: {instruction}")
-        called = [self._module.computation(name, instruction) for name in names]
         scopes = enter_branches(
             self._module, computation, instruction, scope, len(called)
         )
@@ -311,17 +306,17 @@ class _Walker:
             for branch, inner in zip(called, scopes, strict=True):
                 self.walk(branch, inner, loop)
             return
-        outer, branches = self._tally, []
+        outer, tallies = self._tally, []
         for index, branch in enumerate(called):
             self._tally = _Tally()
             operand = instruction.operands[1 + index : 2 + index]
             self._enter(branch, operand, computation, scope, loop)
-            branches.append(self._tally)
+            tallies.append(self._tally)
         self._tally = outer
-        costliest = max(branches, key=lambda branch: branch.weight)
+        costliest = max(tallies, key=lambda tally: tally.weight)
         self._tally.add(costliest)
-        left_out = set().union(*(b.sends for b in branches)) - costliest.sends
-        if left_out or len({branch.weight for branch in branches}) > 1:
+        left_out = set().union(*(tally.sends for tally in tallies)) - costliest.sends
+        if left_out or len({tally.weight for tally in tallies}) > 1:
             sends = ", ".join(f"{kind} over {axis}" for axis, kind in sorted(left_out))
             self._tally.warnings.append(
                 f"{instruction.name} is a conditional; its costliest branch is counted"
