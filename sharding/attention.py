@@ -5,13 +5,19 @@ into it: it is mapped over the mesh, so that it sees the arrays of one device.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.attention import PromptAttention, causal_attention, cudnn_attention
+from jaxllm.attention import (
+    PromptAttention,
+    blocks_of,
+    causal_attention,
+    cudnn_attention,
+)
 from jaxllm.config import ModelConfig
 from sharding.rules import AxisRules
 from sharding.target import Target
@@ -33,6 +39,8 @@ class Kernel:
         operations, which every target has.
       dtypes: of activations; None for all.
       max_head_dim: widest head; None for all.
+      tile: queries, and keys, whose scores are computed together; None: as
+        `jaxllm.attention.blocks_of` says.
     """
 
     function: PromptAttention
@@ -40,6 +48,18 @@ class Kernel:
     platforms: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     max_head_dim: int | None = None
+    tile: int | None = None
+
+    def scores(self, seq_len: int) -> int:
+        """Returns the scores computed for one head of a prompt of `seq_len` tokens.
+
+        Squares at and below the diagonal; those above it are skipped.
+        """
+        count, size = blocks_of(seq_len)
+        if self.tile is not None:
+            size = min(self.tile, seq_len)
+            count = math.ceil(seq_len / size)
+        return count * (count + 1) // 2 * size * size
 
 
 # cuDNN takes heads of up to 256 on a Hopper GPU and 128 before, in multiples of 8.
@@ -51,6 +71,7 @@ KERNELS: dict[Attention, Kernel] = {
         platforms=("cuda",),
         dtypes=("bfloat16", "float16"),
         max_head_dim=128,
+        tile=128,
     ),
 }
 

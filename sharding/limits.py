@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from jaxllm.attention import blocks_of
+from sharding.attention import KERNELS
 from sharding.chips import Chip
 from sharding.estimate import links_used
 from sharding.program import Program
@@ -38,8 +38,8 @@ def closed_form_flops(program: Program) -> int:
 
         projections  2 n D H (2 N + 2 K)
         feed-forward 6 n D F
-        attention    4 N H x scores, a prompt's scores being the block pairs of
-                     `jaxllm.attention.causal_attention`, a token's the whole cache
+        attention    4 N H x scores, a prompt's scores being the block pairs that
+                     its attention visits, a token's the whole cache
 
     times the ticks, times the layers of the longest stage; then the head, 2 D V for
     each sequence. So it contains what a partition does on purpose beyond the model:
@@ -56,8 +56,7 @@ def closed_form_flops(program: Program) -> int:
     d, h, n, k = model.embed_dim, model.head_dim, model.num_heads, model.num_kv_heads
     if program.phase == "prefill":
         tokens = rows * workload.input_len
-        count, size = blocks_of(workload.input_len)
-        scores = count * (count + 1) // 2 * size * size
+        scores = KERNELS[program.attention].scores(workload.input_len)
         attention_ways = heads
     else:
         tokens = rows

@@ -20,10 +20,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout as layouts
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm import decode as decode_lib
 from jaxllm.attention import PromptAttention
+from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling
 from jaxllm.layers import Place
@@ -327,17 +329,29 @@ class Program:
             check_vma=False,
         )
 
-    def _place(self) -> Place:
+    def _place(self, platform: str) -> Place:
+        """Returns what splits activations, and keeps a pipeline's cache as it lies.
+
+        Else XLA:GPU writes a prompt's keys as they come from the projection, positions
+        before heads, and copies the whole cache there and back around the loop. Where
+        the compiler splits the cache over devices, saying so copies more than it saves.
+        """
         manual = self._manual
         sizes = self.partition.axes
         keep = tuple(a for a in sizes if sizes[a] > 1 and a not in manual)
         rules, phase = self.partition.rules, self.phase
+        gpu = platform in ("gpu", "cuda", "rocm")
+        pinned = gpu and phase == "prefill" and not keep
 
         def place(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-            if not keep:
-                return x
-            spec = rules.spec(names, phase=phase, keep=keep)
-            return lax.with_sharding_constraint(x, spec)
+            if keep:
+                spec = rules.spec(names, phase=phase, keep=keep)
+                x = lax.with_sharding_constraint(x, spec)
+            if pinned and names[-len(CACHE_AXES) :] == CACHE_AXES:
+                x = layouts.with_layout_constraint(
+                    x, layouts.Layout(tuple(range(x.ndim)))
+                )
+            return x
 
         return place
 
@@ -378,7 +392,7 @@ class Program:
             groups=self.layout.groups,
             micro_batches=self.prefill_micro_batches,
             ticks=self.ticks,
-            place=self._place(),
+            place=self._place(platform),
             attention=self._attention(),
             lookup=lookup,
             sample=sample,
@@ -390,10 +404,11 @@ class Program:
     def _single(self, platform: str) -> Callable[..., Any]:
         lookup, sample = self._vocabulary(platform)
         whole = self._prefill_whole if self.phase == "prefill" else self._decode_whole
-        return functools.partial(whole, lookup, sample)
+        return functools.partial(whole, self._place(platform), lookup, sample)
 
     def _prefill_whole(
         self,
+        place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
         params: Params,
@@ -401,7 +416,7 @@ class Program:
         prompts: jax.Array,
         lengths: jax.Array | None = None,
     ) -> tuple[State, Any]:
-        place, config = self._place(), self.layout.model
+        config = self.layout.model
         attention = self._attention()
         count = self.prefill_micro_batches
         size = prompts.shape[0] // count
@@ -448,6 +463,7 @@ class Program:
 
     def _decode_whole(
         self,
+        place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
         params: Params,
@@ -459,7 +475,7 @@ class Program:
             state.cache,
             state.tokens,
             state.position,
-            place=self._place(),
+            place=place,
             lookup=lookup,
         )
         state = state._replace(

@@ -7,7 +7,8 @@ import pytest
 
 from jaxllm.config import PRESETS
 from sharding import choices
-from sharding.attention import refusal
+from sharding.attention import KERNELS, refusal
+from sharding.limits import closed_form_flops
 from sharding.partition import Partition, Workload
 from sharding.program import Phase, Program
 from sharding.target import Target, parse_target
@@ -156,3 +157,21 @@ def test_cudnn_is_called_with_the_arrays_of_one_device(
     text = asked.lower(mesh).as_text()
     assert "CustomSPMDPartitioning" not in text
     assert "__cudnn$fmhaSoftmax" in text
+    # What the ledger prices the call by.
+    shape, heads = asked.layout, 32 // partition.tensor
+    rows = shape.replica_batch // asked.prefill_micro_batches
+    sizes = ", ".join(f'"{size}"' for size in (rows, heads, 2048, 2048))
+    assert f'"dimensions": [{sizes}]' in text.replace("\\22", '"')
+    assert '"mask_type": "CAUSAL"' in text.replace("\\22", '"')
+
+
+def test_scores_are_those_of_the_tiles_at_and_below_the_diagonal() -> None:
+    # 4 x 512, and 16 x 128.
+    assert KERNELS["blocks"].scores(2048) == 10 * 512**2
+    assert KERNELS["cudnn"].scores(2048) == 136 * 128**2
+    assert KERNELS["cudnn"].scores(100) == 100**2
+    blocks = program()
+    cudnn = dataclasses.replace(blocks, attention="cudnn")
+    saved = closed_form_flops(blocks) - closed_form_flops(cudnn)
+    # 32 layers of 4 heads of 128, of 16 sequences.
+    assert saved == 32 * 16 * 4 * 4 * 128 * (10 * 512**2 - 136 * 128**2)

@@ -200,3 +200,32 @@ def test_kernel_with_a_cost_estimate() -> None:
         '{"custom_call_config":{"cost_estimate":{"flops":"640","transcendentals":"8"}}}'
     )
     assert _flops(f"{_parameters('f32[8]')}\n  ROOT %r = {line}") == (648, 640)
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "scores"),
+    [
+        ("NO_MASK", 1024, 1024 * 1024),
+        # 8 rows of 128 x 128 tiles, of 1, 2, ... 8: 56 % of the square.
+        ("CAUSAL", 1024, 36 * 128 * 128),
+        ("PADDING_CAUSAL", 1000, 36 * 128 * 128),
+        ("CAUSAL", 100, 100 * 100),
+    ],
+)
+def test_attention_of_cudnn_counts_the_tiles_it_visits(
+    mask: str, length: int, scores: int
+) -> None:
+    """As JAX 0.10 to 0.12 write `dot_product_attention(implementation="cudnn")`."""
+    heads, queries = f"bf16[2,{length},4,64]", f"bf16[2,16,{length},64]{{3,1,2,0}}"
+    sizes = f'["2","16","{length}","{length}"]'
+    config = (
+        '{"operation_queue_id":"0","cudnn_fmha_backend_config":{"fmha_scale":0.125,'
+        f'"intermediate_tensor_shape":{{"element_type":"BF16","dimensions":{sizes}}},'
+        f'"is_flash_attention":true,"mask_type":"{mask}","sliding_window_length":0}}}}'
+    )
+    body = f"""{_parameters(f"bf16[2,{length},16,64]", heads, heads)}
+  %call = ({queries}, u8[0]{{0}}) custom-call(%a, %b, %c),\
+ custom_call_target="__cudnn$fmhaSoftmax", backend_config={config}"""
+    total, products = _flops(body)
+    assert products == 2 * 16 * scores * 2 * 2 * 64
+    assert total == products + 5 * 2 * 16 * scores

@@ -12,6 +12,7 @@ import pytest
 from jaxllm.config import PRESETS
 from jaxllm.model import Layers
 from sharding.hlo import Ledger, read_ledger
+from sharding.layout import Ticks
 from sharding.limits import closed_form_flops, limit_s, work
 from sharding.partition import Partition, Workload, check
 from sharding.program import CompiledProgram, Phase, Program
@@ -45,6 +46,7 @@ def compiled(
     layers: Layers,
     batch: int = 16,
     rules: str = "megatron",
+    ticks: Ticks = "scanned",
 ) -> tuple[Program, CompiledProgram, Ledger]:
     program = Program(
         phase=phase,
@@ -52,6 +54,7 @@ def compiled(
         partition=Partition.parse(name, rules),
         workload=Workload(batch_size=batch, input_len=2048, output_len=128),
         layers=layers,
+        ticks=ticks,
     )
     result = program.compile(parse_target(target))
     return program, result, read_ledger(result.text, program.partition.axes)
@@ -102,6 +105,41 @@ def test_decode_reads_weights_and_cache_once(
     assert result.memory.activations_bytes < 0.1 * kv
     # Donated: besides the cache, only tokens, counters and streams in flight.
     assert 0 <= result.alias_bytes - kv < 0.001 * kv
+
+
+@pytest.mark.parametrize(("target", "name"), [("h100:2", "pp2"), ("h100:4", "tp2_pp2")])
+def test_unrolled_ticks_read_the_cache_where_it_lies(target: str, name: str) -> None:
+    """No second cache, and no slot of it copied, as a loop that picks one would."""
+    scanned, unrolled = (
+        compiled(
+            target, "llama-3.1-8b", name, "decode", "unrolled", 64, "megatron", ticks
+        )
+        for ticks in ("scanned", "unrolled")
+    )
+    program, result, ledger = unrolled
+    kv = result.memory.kv_bytes
+    assert 0 <= result.alias_bytes - kv < 0.001 * kv
+    assert result.memory.activations_bytes < 0.01 * kv
+    # The copies of a loop: every slot read and written once more.
+    assert scanned[2].hbm_bytes - ledger.hbm_bytes > 1.8 * kv
+    assert ledger.flops == pytest.approx(scanned[2].flops, rel=0.001)
+    assert ledger.flops / closed_form_flops(program) < 1.01
+    counts: list[Counter[tuple[str, str]]] = [Counter(), Counter()]
+    for counter, found in zip(counts, (scanned[2], ledger), strict=True):
+        for row in found.collectives:
+            counter[row.axis, row.kind] += row.count
+    assert counts[0] == counts[1]
+
+
+def test_a_pipelines_prefill_holds_one_cache() -> None:
+    for ticks in ("scanned", "unrolled"):
+        _, result, _ = compiled(
+            "h100:8", "llama-3.1-70b", "pp8", "prefill", "unrolled", 64, "megatron",
+            ticks,
+        )  # fmt: skip
+        kv = result.memory.kv_bytes
+        assert 0 <= result.alias_bytes - kv < 0.001 * kv
+        assert result.memory.activations_bytes < 0.2 * kv
 
 
 def test_batch_1_decode_reads_weights_and_cache() -> None:
