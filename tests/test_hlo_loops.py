@@ -1,5 +1,9 @@
 """Trip counts come from the text, or from following what a loop carries."""
 
+import time
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from sharding.hlo import Loop, read_ledger
@@ -103,6 +107,24 @@ def test_a_data_dependent_loop_is_labelled_and_may_be_told_its_length() -> None:
     assert sum(c.count * c.flops for c in told.costs if c.name == "y") == 8 * 7
     # What the text says is not overruled.
     assert read_ledger(_text(), trip_counts={"w": 7}).loops[0].trip_count == 10
+
+
+def test_a_random_number_in_the_carry_does_not_keep_the_reader() -> None:
+    def draw(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, x = carry
+        for _ in range(20):  # each makes the number's expression eight times as long
+            number = number ^ (number << 13)
+            number = number ^ (number >> 17)
+            number = number ^ (number << 5)
+        return number, x + number.astype(jnp.float32)
+
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, 100, draw, (jnp.uint32(1), x)))
+    text = run.lower(jnp.zeros(4)).compile().as_text()
+    assert text
+    start = time.process_time()
+    (loop,) = read_ledger(text).loops
+    assert loop.trip_count == 100
+    assert time.process_time() - start < 5
 
 
 def test_a_trip_count_told_of_no_loop_is_said() -> None:

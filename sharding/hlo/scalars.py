@@ -17,6 +17,7 @@ Expression = Any
 State = dict[int, Expression]  # carried element -> int or constant expression
 
 _MAX_DEPTH = 150  # instructions from a counter back to its constant
+_MAX_NODES = 500  # of an expression; a random number generator doubles at each step
 _SAME = frozenset([
     "async-done", "bitcast", "broadcast", "convert", "copy", "copy-done",
     "copy-start", "opt-barrier", "reshape", "transpose",
@@ -150,8 +151,18 @@ class Follower:
             parts = tuple(follow(k) for k in range(len(found.operands)))
             if op != "select" and any(p is None for p in parts):
                 return None
-            return (op, *parts)
+            return (op, *parts) if _is_small(parts) else None
         return None
+
+
+def _is_small(parts: tuple[Expression, ...]) -> bool:
+    """Whether an expression of these parts can be evaluated again and again."""
+    waiting = [part for part in parts if isinstance(part, tuple)]
+    for _ in range(_MAX_NODES):
+        if not waiting:
+            return True
+        waiting += (part for part in waiting.pop() if isinstance(part, tuple))
+    return False
 
 
 def _may_count(shape: Shape) -> bool:
