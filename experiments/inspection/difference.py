@@ -11,8 +11,8 @@ from collections.abc import Callable
 from experiments.inspection import names
 from experiments.inspection.answer import Answer
 from experiments.inspection.tables import Cell, Table, count, seconds, size
-from experiments.report import units
 from sharding.hlo.diff import Changed, Difference, Figure, compare
+from sharding.hlo.render import figure_change
 
 _NOWHERE = "no line"
 
@@ -108,7 +108,7 @@ def totals(found: Comparison) -> Table:
             Cell(text=names.printable(figure.name.rpartition(", ")[0] or figure.name)),
             Cell(text=_figure(figure, figure.before)),
             Cell(text=_figure(figure, figure.after)),
-            Cell(text=change(figure.before, figure.after), mark=_worse(figure)),
+            Cell(text=figure_change(figure.before, figure.after), mark=_worse(figure)),
         )
         for figure in found.difference.figures
         if figure.before or figure.after
@@ -128,27 +128,6 @@ def _worse(figure: Figure) -> str:
     if figure.name.startswith("aliased") or figure.before == figure.after:
         return ""
     return "added" if figure.after > figure.before else "removed"
-
-
-def change(before: float, after: float) -> str:
-    """Returns the change in percent, as a factor where it is large.
-
-    Example:
-      >>> change(200, 150), change(2, 9), change(0, 3), change(5, 5), change(3, 0)
-      ('-25 %', 'x4.50', 'new', '', 'gone')
-    """
-    if before == after:
-        return ""
-    if not before:
-        return "new"
-    if not after:
-        return "gone"
-    if after >= 2 * before:
-        return f"x{units.digits(after / before)}"
-    percent = 100 * (after - before) / before
-    if abs(percent) < 0.05:
-        return "< 0.1 %"
-    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"
 
 
 def collectives(found: Comparison, limit: int | None = None) -> Table:

@@ -130,10 +130,26 @@ def figure_seconds(value: float) -> str:
 
 
 def figure_change(before: float, after: float) -> str:
-    """Example: `figure_change(200, 150)` is "-25 %"; "" where nothing changed."""
+    """Returns the change in percent, as a factor where it is large.
+
+    Example:
+      >>> [figure_change(200, n) for n in (150, 900, 5, 0, 200)]
+      ['-25 %', 'x4.50', '÷40.0', 'gone', '']
+    """
     if before == after:
         return ""
-    return "new" if not before else f"{100 * (after - before) / before:+.3g} %"
+    if not before:
+        return "new"
+    if not after:
+        return "gone"
+    if after >= 2 * before:
+        return f"x{_digits(after / before)}"
+    if before >= 20 * after:
+        return f"÷{_digits(before / after)}"
+    percent = 100 * (after - before) / before
+    if abs(percent) < 0.05:
+        return "< 0.1 %"
+    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"
 
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...], unit: str) -> str:
