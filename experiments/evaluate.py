@@ -259,6 +259,10 @@ def price(
         pct_of_limit=100 * limit_s / parts.total_s,
         mfu=work.flops / device.matmul_flops_per_s(program.dtype) / parts.total_s,
         mbu=work.hbm_bytes / device.hbm_bytes_per_s / parts.total_s,
+        attention=program.attention if program.phase == "prefill" else None,
+        unrolled_ticks=program.ticks == "unrolled"
+        if program.partition.stage > 1
+        else None,
         **ticks,
     )
     return phase, parts, limit_s

@@ -175,6 +175,8 @@ class PhaseRecord:
       pct_of_limit: 100 * least possible time / time, as measured or else estimated.
       mfu: FLOPs the model needs / (time * peak), as a fraction.
       mbu: bytes the model must move / (time * bandwidth), as a fraction.
+      attention: how a prompt's is computed; null in decode.
+      unrolled_ticks: whether decode's ticks are; null with one stage.
     """
 
     layers: str
@@ -191,6 +193,8 @@ class PhaseRecord:
     pct_of_limit: float | None = None
     mfu: float | None = None
     mbu: float | None = None
+    attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    unrolled_ticks: bool | None = dataclasses.field(default=None, metadata=_ADDED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
