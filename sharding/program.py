@@ -136,6 +136,7 @@ class Program:
             )
         if reason := refusal(self.attention, self.config, self.dtype):
             raise ValueError(reason)
+        self._check_ragged()
         asked, batch = self.micro_batches, self.layout.replica_batch
         if asked and (batch % asked or asked % self.layout.groups):
             raise ValueError(
@@ -143,6 +144,21 @@ class Program:
                 f" {self.layout.groups} groups in flight: micro-batches must divide the"
                 " sequences and be a multiple of the groups. Choose another number, or"
                 " leave it out."
+            )
+
+    def _check_ragged(self) -> None:
+        """Refuses what would end the process, in XLA's partitioner of scatters.
+
+        "Check failed: partition_group_list", spmd_partitioner_util.cc, up to jaxlib 0.12.0.
+        """
+        partition = self.partition
+        shared = partition.data > 1 and "data" not in partition.manual_axes
+        if self.ragged and shared and min(partition.stage, partition.tensor) > 1:
+            raise ValueError(
+                f"{partition.name} (rules {partition.rules.name}) with prompts of"
+                " different lengths: the compiler cannot write at a position a sequence"
+                " inside stages whose data and tensor axes share each layer. Use equal"
+                " lengths, one of the axes less, or other rules."
             )
 
     @property

@@ -131,6 +131,15 @@ def test_cudnn_is_refused_where_it_cannot_work() -> None:
         dataclasses.replace(asked, attention="flash")  # pyright: ignore
 
 
+def test_what_aborts_the_compiler_is_refused() -> None:
+    asked = program("decode", "dp2_tp2_pp2")
+    assert dataclasses.replace(asked, ragged=True)
+    shared = Partition.parse("dp2_tp2_pp2", "two_d")
+    asked = dataclasses.replace(asked, partition=shared)
+    with pytest.raises(ValueError, match=r"different lengths.*Use equal lengths"):
+        dataclasses.replace(asked, ragged=True)
+
+
 def test_ticks_are_not_unrolled_around_scanned_layers() -> None:
     asked = program("decode", "pp8")
     with pytest.raises(ValueError, match="Unroll the layers as well"):
