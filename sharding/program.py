@@ -149,7 +149,8 @@ class Program:
     def _check_ragged(self) -> None:
         """Refuses what would end the process, in XLA's partitioner of scatters.
 
-        "Check failed: partition_group_list", spmd_partitioner_util.cc, up to jaxlib 0.12.0.
+        "Check failed: partition_group_list", spmd_partitioner_util.cc, jaxlib 0.10.2 to
+        0.12.0.
         """
         partition = self.partition
         shared = partition.data > 1 and "data" not in partition.manual_axes
