@@ -411,3 +411,27 @@ ENTRY %e (w: f32[4]) -> f32[8] {
     ):
         (row,) = read_ledger(text.replace("METADATA", metadata)).collectives
         assert (row.op_name, row.source) == ("w", source)
+
+
+def test_calls_that_fan_out_without_end_are_refused() -> None:
+    """Each computation calls the one before it twice: 2^40 runs of the first."""
+    shape = "f32[8]{0}"
+    lines = ["HloModule deep, is_scheduled=true", ""]
+    lines += [f"%c0 (p: {shape}) -> {shape} {{", f"  ROOT %p = {shape} parameter(0)"]
+    for i in range(1, 40):
+        call = f"call(%{{}}), to_apply=%c{i - 1}"
+        lines += [
+            "}",
+            "",
+            f"%c{i} (p.{i}: {shape}) -> {shape} {{",
+            f"  %p.{i} = {shape} parameter(0)",
+            f"  %x.{i} = {shape} {call.format(f'p.{i}')}",
+            f"  ROOT %y.{i} = {shape} {call.format(f'x.{i}')}",
+        ]
+    lines += ["}", "", f"ENTRY %main (q: {shape}) -> {shape} {{"]
+    lines += [
+        f"  %q = {shape} parameter(0)",
+        f"  ROOT %r = {shape} call(%q), to_apply=%c39",
+    ]
+    with pytest.raises(ValueError, match="calls that fan out without end"):
+        read_ledger("\n".join([*lines, "}"]))

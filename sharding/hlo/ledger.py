@@ -35,6 +35,8 @@ from sharding.hlo.traffic import TrafficCounter
 # take as long as one on a link, near H100's 3.35e12 / 450e9 and v5p's 2.77e12 / 300e9.
 _FLOPS_PER_BYTE = 256
 _HBM_BYTES_PER_WIRE_BYTE = 8
+# Instructions reached by calls before a text is given up, beside ten times its own.
+MOST_VISITS = 100_000
 _CALLERS = ("async", "call", "custom-call", "fusion")  # opcodes with calls=
 
 
@@ -131,6 +133,9 @@ class _Walker:
         self._collectives = CollectiveFinder(module, namer)
         self._sources = read_sources(module)
         self._tally = _Tally()
+        self._visited = 0
+        size = sum(len(c.instructions) for c in module.computations.values())
+        self._most_visits = MOST_VISITS + 10 * size
 
     def ledger(self) -> Ledger:
         loops = dict.fromkeys(loop.name for loop in self._tally.loops)
@@ -150,6 +155,13 @@ class _Walker:
         """Adds `scope.count` runs of `computation`."""
         if not scope.count:
             return
+        self._visited += len(computation.instructions)
+        if self._visited > self._most_visits:
+            raise ValueError(
+                f"reached {self._visited:,} instructions at {computation.name} through"
+                " calls, and there are more. Each call is read at its place; calls that"
+                " fan out without end are no program of XLA's. Check the text."
+            )
         for instruction in computation.instructions:
             try:
                 self._step(instruction, computation, scope, loop)
