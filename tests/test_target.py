@@ -183,7 +183,7 @@ def test_unknown_attached_chip_asks_for_a_name(monkeypatch: pytest.MonkeyPatch) 
         ("v5e:8", r"each of its 2 dimensions.*Write it as v5e:2x4"),
         ("v5e:2x2x2", r"each of its 2 dimensions"),
         ("v5p:2x4", r"each of its 3 dimensions.*Write it as v5p:2x2x2"),
-        ("cpu:4096", r"needs 4096 CPU devices, found 8.*--jax_num_cpu_devices=4096"),
+        ("cpu:4096", r"needs 4096 CPU devices, found 9.*--jax_num_cpu_devices=4096"),
         pytest.param("v5e:3x5", r"3x5 is not a slice .*Choose a shape such as v5e:2x4",
                      marks=needs_tpu_compiler),
     ],
