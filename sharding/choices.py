@@ -28,6 +28,7 @@ class When:
       phase: "prefill" or "decode".
       tokens_above: prompt tokens of a micro-batch.
       groups_above: groups in flight through the stages.
+      layers_above: of the model.
     """
 
     platforms: tuple[str, ...] | None = None
@@ -35,6 +36,7 @@ class When:
     phase: Literal["prefill", "decode"] | None = None
     tokens_above: int = 0
     groups_above: int = 0
+    layers_above: int = 0
 
     def holds(self, target: Target, program: Program) -> bool:
         rows = program.layout.replica_batch // program.prefill_micro_batches
@@ -44,6 +46,7 @@ class When:
             and self.phase in (None, program.phase)
             and rows * program.workload.input_len > self.tokens_above
             and program.layout.groups > self.groups_above
+            and program.config.num_layers > self.layers_above
         )
 
 
@@ -68,9 +71,12 @@ LAYERS_FOR_TEXT: tuple[tuple[When, Layers], ...] = (
 # With unrolled layers. A group's cache is copied when a loop picks it out of a stack:
 # on two H100s 0.7 of 7.3 ms a token at batch 16 and 3.1 of 11.4 ms at 64 (pp2 of
 # Llama-3.1-8B). One group has nothing to pick from, and unrolling S ticks makes a
-# program S times as long: not where it is compiled once and never run.
+# program S times as long: not where it is compiled once and never run. Of the 70B and
+# larger models the copies are 8 to 14 % of a round's bytes (batch 64), and unrolled
+# ticks of `make demo`'s four pipelines compile for 100 CPU-seconds: not there either.
 TICKS: tuple[tuple[When, Ticks], ...] = (
     (When(attached=True), "unrolled"),
+    (When(layers_above=48), "scanned"),
     (When(groups_above=1), "unrolled"),
     (When(), "scanned"),
 )

@@ -63,6 +63,14 @@ def test_layers_for_text_compile_soon() -> None:
         assert (found.layers, found.ticks) == (layers, layers)
 
 
+def test_ticks_of_many_layers_are_unrolled_only_where_they_run() -> None:
+    asked = dataclasses.replace(
+        program("decode", "pp8", 16), config=PRESETS["llama-3.1-70b"]
+    )
+    found = [choices.choose(asked, on("cuda", there)).ticks for there in (True, False)]
+    assert found == ["unrolled", "scanned"]
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "attached", "layers", "ticks"),
     [
