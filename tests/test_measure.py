@@ -167,7 +167,7 @@ def test_another_error_of_the_device_is_no_lack_of_memory(
 
 @pytest.mark.parametrize(
     ("limit_bytes", "said"),
-    [(570_000, "Too much: weights 550 kB"), (640_000, "So says the compiler: weights")],
+    [(570_000, "Too much: weights 550 kB"), (588_000, "So says the compiler: weights")],
 )
 def test_what_the_allocator_may_not_give_is_not_tried(
     monkeypatch: pytest.MonkeyPatch, limit_bytes: int, said: str
