@@ -110,26 +110,28 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     ends: Tree = None
     blocks: dict[int, Tree] = {}
     due = iter(parts(layout.config))
-    for part, tree in arrays:
-        if part != next(due, None):
-            raise ValueError(
-                f"part {part!r} of the model came out of turn. Parts are the ends, then"
-                f" the {layout.config.num_layers} layers in order. Give each once."
-            )
-        if part == "ends":
-            ends = to_ends(tree)
-        elif not stacked:
-            blocks[part] = to_block(tree)
-        else:
-            stage, slot = homes[part]
-            at = 0 if layout.layers == "scanned" else slot
-            stack = blocks.pop(at) if at in blocks else to_empty(mesh)
-            blocks[at] = to_stack(stack, tree, jnp.int32(stage), jnp.int32(slot))
-            del stack
-        # Else the parts that wait for the devices pile up.
-        jax.block_until_ready((ends, blocks))
-        del tree
-        _give_back()
+    with _Allocator() as allocator:
+        for part, tree in arrays:
+            if part != next(due, None):
+                raise ValueError(
+                    f"part {part!r} of the model came out of turn. Parts are the ends,"
+                    f" then the {layout.config.num_layers} layers in order. Give each"
+                    " once."
+                )
+            if part == "ends":
+                ends = to_ends(tree)
+            elif not stacked:
+                blocks[part] = to_block(tree)
+            else:
+                stage, slot = homes[part]
+                at = 0 if layout.layers == "scanned" else slot
+                stack = blocks.pop(at) if at in blocks else to_empty(mesh)
+                blocks[at] = to_stack(stack, tree, jnp.int32(stage), jnp.int32(slot))
+                del stack
+            # Else the parts that wait for the devices pile up.
+            jax.block_until_ready((ends, blocks))
+            del tree
+            allocator.give_back()
     if (missing := next(due, None)) is not None:
         raise ValueError(
             f"part {missing!r} of the model is missing. Parts are the ends, then the"
@@ -174,12 +176,30 @@ def disassemble(
             yield part, from_block(tree)
 
 
-def _give_back() -> None:
-    """Lets the C library return freed memory; it would keep much of a model's."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-        if trim:
-            trim(0)
+class _Allocator:
+    """Makes the C library give freed memory back, of which it would keep much.
+
+    Nothing happens where it is not glibc. Its option M_MMAP_THRESHOLD is -3; larger
+    blocks are returned when freed. It moves up by itself, to 32 MiB.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._option = getattr(library, "mallopt", None)
+        self._trim = getattr(library, "malloc_trim", None)
+
+    def __enter__(self) -> "_Allocator":
+        if self._option:
+            self._option(-3, 1 << 20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._option:
+            self._option(-3, 32 << 20)
+
+    def give_back(self) -> None:
+        if self._trim:
+            self._trim(0)
 
 
 def _stacked(layout: Layout) -> bool:
