@@ -200,6 +200,8 @@ def main(argv: Sequence[str]) -> None:
         _prepare(plan, notes)
         writer = writing.writer_for(sys.stdout, len(plan.prompts), quiet=_JSON.value)
         whole = _run(plan, writer, ask.seed, notes)
+    except ValueError as error:  # what headers do not show: damage, numbers too large
+        sys.exit(f"Stopped: {error}")
     except KeyboardInterrupt:
         notes.print("Stopped before the first token.")
         sys.exit(_INTERRUPTED)

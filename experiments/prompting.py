@@ -12,6 +12,9 @@ from sharding.partition import Partition
 
 _LARGEST_BATCH = 64  # unless another size is asked for
 
+# The least number, and the first that is too large.
+_LIMITS = {"max_new_tokens": (1, 2**31), "seed": (0, 2**32), "batch_size": (1, 2**31)}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -67,8 +70,9 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
         tried(Sampling, **{name: value})
     partition = tried(Partition.parse, ask.partition, ask.rules)
     model = tried(trained.find, ask.model, ask.checkpoint)
-    for check in (_check_numbers, _check_texts):
-        tried(check, ask)
+    for name in _LIMITS:
+        tried(_check_number, name, getattr(ask, name))
+    tried(_check_texts, ask)
     if wrong:
         return None, wrong
     prompts = tried(_prompts, ask, model)
@@ -96,15 +100,13 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
     return Plan(generator=generator, prompts=tuple(prompts)), []
 
 
-def _check_numbers(ask: Ask) -> None:
-    limits = {"max_new_tokens": 2**31, "seed": 2**32, "batch_size": 2**31}
-    for name, limit in limits.items():
-        value, least = getattr(ask, name), 0 if name == "seed" else 1
-        if value is not None and not least <= value < limit:
-            raise ValueError(
-                f"{name}={value} is out of range: it is at least {least} and below"
-                f" {limit}. Choose such a number."
-            )
+def _check_number(name: str, value: int | None) -> None:
+    least, limit = _LIMITS[name]
+    if value is not None and not least <= value < limit:
+        raise ValueError(
+            f"{name}={value} is out of range: it is at least {least} and below"
+            f" {limit}. Choose such a number."
+        )
 
 
 def _check_texts(ask: Ask) -> None:

@@ -6,12 +6,13 @@ words known here stand in `_SPLITS`. Either way it becomes one `tokenizer.json`,
 can be stored with a checkpoint of any kind.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm import chat, files, gguf_file, gguf_tokenizer
@@ -51,15 +52,13 @@ class Tokenizer:
 
     @functools.cached_property
     def _backend(self) -> Any:
-        try:
-            return library().Tokenizer.from_str(self.rules)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:  # The library has no class of its own for them.
-            raise ValueError(
-                f"cannot read tokenizer.json: {error}. It is written by the Hugging"
-                " Face package tokenizers. Give a whole one."
-            ) from error
+        made = library()
+        with _failing("read tokenizer.json"):
+            backend = made.Tokenizer.from_str(self.rules)
+            # Left over from training; transformers undoes them, too.
+            backend.no_truncation()
+            backend.no_padding()
+        return backend
 
     @property
     def num_tokens(self) -> int:
@@ -74,12 +73,17 @@ class Tokenizer:
         Args:
           text: anything that UTF-8 can encode.
           special: also put what the model wants around a text, such as its first token.
+
+        Raises:
+          ValueError: the rules know nothing to do with `text`.
         """
-        return self._backend.encode(text, add_special_tokens=special).ids
+        with _failing("make tokens of a text"):
+            return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
         """Returns the text of `tokens`; `special` writes special ones out."""
-        return self._backend.decode(tokens, skip_special_tokens=not special)
+        with _failing("make a text of tokens"):
+            return self._backend.decode(tokens, skip_special_tokens=not special)
 
     def find(self, text: str) -> int | None:
         """Returns the token that is `text` as a whole, or None."""
@@ -146,6 +150,25 @@ class Tokenizer:
                 " checkpoint again."
             )
         return cls(**{**fields, "eos": frozenset(fields["eos"])})
+
+
+@contextlib.contextmanager
+def _failing(doing: str) -> Iterator[None]:
+    """Makes a ValueError of whatever the library raises meanwhile.
+
+    It has no class of its own for its errors; where its authors expected none, it
+    panics, which is no `Exception`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(
+            f"cannot {doing}: {str(error)[:400]}. The rules are those of"
+            " tokenizer.json, as the Hugging Face package tokenizers writes it. Give a"
+            " whole one, of this model."
+        ) from error
 
 
 class Stream:

@@ -24,6 +24,15 @@ NAME = "jaxllm.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names a folder that it writes
 NEW, OLD = ".jaxllm-new", ".jaxllm-old"  # while a checkpoint is being replaced
 _FORMAT = 1
+_CONTENT = {
+    "format": int,
+    "config": dict,
+    "dtype": str,
+    "extra": dict,
+    "fingerprints": dict,
+    "files": dict,
+}
+_LIMIT_BYTES = 256 << 20  # a tokenizer has 64 MB at most
 _CHANGES_LATER = "_CHECKPOINT_METADATA"  # Orbax adds the time of the rename
 
 
@@ -94,10 +103,11 @@ def open_saved(path: str | pathlib.Path) -> Saved:
             " all. Save or copy it again."
         )
     fields = content["config"]
-    scaling = fields["rope_scaling"]
-    config = ModelConfig(
-        **{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None}
-    )
+    try:
+        scaling = fields["rope_scaling"] and RopeScaling(**fields["rope_scaling"])
+        config = ModelConfig(**{**fields, "rope_scaling": scaling})
+    except (KeyError, TypeError) as error:
+        raise _damaged(path) from error
     return Saved(
         path=path,
         config=config,
@@ -132,21 +142,28 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             " into that form with `python -m experiments.convert`."
         )
     try:
-        content = dict(json.loads((path / NAME).read_bytes()))
-        good = content.pop("crc32") == _checksum(content)
-    except (ValueError, TypeError, KeyError):  # no JSON, no object, no checksum
-        content, good = {}, False
+        with (path / NAME).open("rb") as file:
+            content = dict(json.loads(file.read(_LIMIT_BYTES)))
+        good = content.pop("crc32") == _checksum(content) and "format" in content
+    except (ValueError, TypeError, KeyError, RecursionError):
+        content, good = {}, False  # no JSON, no object, no checksum, endless
     if not good:
-        raise ValueError(
-            f"checkpoint {path} is damaged: its {NAME} is not as it was written."
-            " Without it nothing is known of the rest. Save or copy it again."
-        )
+        raise _damaged(path)
     if content["format"] != _FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {content['format']}; this version reads"
             f" {_FORMAT}. A format has one reader. Use the version that wrote it."
         )
+    if {name: type(value) for name, value in content.items()} != _CONTENT:
+        raise _damaged(path)
     return content
+
+
+def _damaged(path: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} is damaged: its {NAME} is not as it was written. Without it"
+        " nothing is known of the rest. Save or copy it again."
+    )
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
