@@ -103,7 +103,8 @@ def _files(name: str, path: pathlib.Path) -> Trained:
 
 def _is_saved(path: pathlib.Path) -> bool:
     """Whether `path` is for `sharding.checkpoint` to read, or to refuse."""
-    return path.is_dir() and not (path / "config.json").exists()
+    # Not by pathlib: a name may be too long, or a folder not ours to read.
+    return os.path.isdir(path) and not os.path.exists(path / "config.json")
 
 
 def _saved(path: pathlib.Path) -> Trained:

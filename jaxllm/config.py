@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -212,13 +213,13 @@ def load(name: str) -> ModelConfig:
     if name in PRESETS:
         return PRESETS[name]
     path = pathlib.Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # also where the name is too long for one
         path = path / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise ValueError(
-            f"unknown model {name!r}: no preset of that name and no file there."
-            f" Presets are {', '.join(PRESETS)}."
+            f"unknown model {files.quoted(name)}: no preset of that name and no file"
+            f" there. Presets are {', '.join(PRESETS)}."
             + (f" Did you mean {near[0]}?" if near else "")
             + " Choose one, or give the path of a Hugging Face config.json."
         )

@@ -61,7 +61,7 @@ def attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
             " tokenizer.json, or convert that."
         )
     tokens = _strings(fields, "tokens")
-    types = fields.get(f"{_GGUF}token_type") or [_NORMAL] * len(tokens)
+    types = _optional(fields, f"{_GGUF}token_type", list) or [_NORMAL] * len(tokens)
     ids = {text: i for i, text in enumerate(tokens)}
     if len({*ids}) != len(tokens) or len(types) != len(tokens):
         raise ValueError(
@@ -91,8 +91,8 @@ def attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "eos": frozenset(ids[t] for t in {*control, *special.values()} & ends),
         "names": {f"{name}_token": text for name, text in special.items()},
-        "chat_template": fields.get("tokenizer.chat_template"),
-        "context_len": fields.get(f"{architecture}.context_length"),
+        "chat_template": _optional(fields, "tokenizer.chat_template", str),
+        "context_len": _optional(fields, f"{architecture}.context_length", int),
     }
 
 
@@ -102,6 +102,16 @@ def _need(fields: Mapping[str, Any], name: str) -> Any:
         raise ValueError(
             f"the GGUF file has no field {_GGUF}{name}. A tokenizer has its model,"
             " tokens and merges. Take a file with a tokenizer inside."
+        )
+    return value
+
+
+def _optional(fields: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = fields.get(key)
+    if value is not None and (type(value) is not kind or value == 0):
+        raise ValueError(
+            f"the GGUF file has {key}={value!r}, no {kind.__name__} that can be meant."
+            " The file is broken; get it again."
         )
     return value
 

@@ -274,6 +274,13 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path: pathlib.Path) -> 
         checkpoint.open_saved(tmp_path / "a")
 
 
+def _sealed_again(text: str, **changes: Any) -> str:
+    """Returns a seal with `changes`, whose checksum is right."""
+    content = {**json.loads(text), **changes}
+    del content["crc32"]
+    return json.dumps({"crc32": seal._checksum(content), **content})
+
+
 def _folders(whole: pathlib.Path, at: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns what is easily taken for a checkpoint."""
     (at / "empty").mkdir()
@@ -292,6 +299,9 @@ def _folders(whole: pathlib.Path, at: pathlib.Path) -> dict[str, pathlib.Path]:
         "edited": lambda text: text.replace('"vocab_size": 262', '"vocab_size": 264'),
         "list": lambda text: "[1]",
         "bytes": lambda text: "\0",
+        "endless": lambda text: "[" * 100_000,
+        "unlike": lambda text: _sealed_again(text, files=[]),
+        "foreign": lambda text: _sealed_again(text, config={"layers": 2}),
     }
     for name, change in changes.items():
         shutil.copytree(whole, at / name)
@@ -311,7 +321,10 @@ def test_what_is_no_whole_checkpoint_is_refused(
         "of_orbax": "it has no jaxllm.json",
         "a.orbax-checkpoint-tmp": "whose writing has not ended",
         "unsealed": "it has no jaxllm.json",
-        **dict.fromkeys(("cut", "edited", "list", "bytes"), "is damaged: its jaxllm"),
+        **dict.fromkeys(
+            ("cut", "edited", "list", "bytes", "endless", "unlike", "foreign"),
+            "is damaged: its jaxllm",
+        ),
     }
     folders = _folders(whole, tmp_path)
     assert set(folders) == set(says)

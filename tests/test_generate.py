@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -234,6 +237,8 @@ REFUSED = {
     "batch": (dict(batch_size=0), "batch_size=0 is out of range"),
     "system": (dict(system="x"), "a system message was given without a chat"),
     "no file": (dict(checkpoint="/nowhere"), "/nowhere"),
+    "long name": (dict(checkpoint="x" * 5000), "cannot open 'xxx.* too long"),
+    "long model": (dict(model="x" * 5000, checkpoint=None), "unknown model 'xxx"),
     "unlike": (dict(model="tiny"), "num_layers=9.* has num_layers=3"),
     "unknown": (dict(model="smolm2", checkpoint=None), "unknown model 'smolm2'"),
     "no weights": (
@@ -259,10 +264,16 @@ def test_bad_input_is_refused_before_anything_long(
 def test_everything_wrong_is_said_at_once(ask: Ask) -> None:
     _, wrong = prompting.plan(
         dataclasses.replace(
-            ask, partition="x", temperature=-1.0, top_k=-1, prompts=(), seed=-1
+            ask,
+            partition="x",
+            temperature=-1.0,
+            top_k=-1,
+            prompts=(),
+            seed=-1,
+            batch_size=0,
         )
     )
-    assert len(wrong) == 5
+    assert len(wrong) == 6
 
 
 def test_without_the_package_or_its_weights_it_says_how_to_get_them(
@@ -322,6 +333,18 @@ def test_refusals_are_listed(folder: pathlib.Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("Nothing was started. 2 to put right:\n  - top_p=2.0")
+
+
+def test_what_only_loading_shows_is_said_in_a_line(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(np.float32(1e9).tobytes())
+    done = run(f"--checkpoint={copy}", "--prompt=x", "--dtype=float16")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.match(r"Stopped: cannot read .* as float16: it holds 1e\+09", done.stderr)
 
 
 def written(prompts: list[str], steps: list[list[str]], **terminal) -> str:

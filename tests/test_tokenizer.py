@@ -155,11 +155,20 @@ def test_a_token_of_the_user_is_no_control_token() -> None:
         (dict(tokens=[1, 2]), "tokenizer.ggml.tokens that is no list of texts"),
         (dict(eos_token_id=264), "eos_token_id=264 for 264 tokens"),
         (dict(bos_token_id="1"), "bos_token_id='1' for 264 tokens"),
+        (dict(token_type=7), "tokenizer.ggml.token_type=7, no list"),
     ],
 )
 def test_gguf_tokenizer_that_cannot_be_right_is_refused(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         of_gguf(**fields)
+
+
+@pytest.mark.parametrize(
+    "field", [{"llama.context_length": "96"}, {"tokenizer.chat_template": 7}]
+)
+def test_gguf_field_of_another_type_is_refused(field) -> None:
+    with pytest.raises(ValueError, match=r"='96', no int that|=7, no str that"):
+        gguf_tokenizer.attributes({**gguf_fields(), **field})
 
 
 @pytest.mark.parametrize(
@@ -199,6 +208,40 @@ def test_ends_are_what_the_folder_says_first(tmp_path, files, eos) -> None:
 def test_folder_that_cannot_be_right_is_refused(tmp_path, files, message) -> None:
     with pytest.raises(ValueError, match=message):
         tokenizer_of(write_text_files(tmp_path, **files))
+
+
+def test_lengths_that_were_set_for_training_are_not_kept(tmp_path) -> None:
+    """Unlike the library; like transformers."""
+    rules = json.loads(tiny_text.library_tokenizer().to_str())
+    kinds = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
+    fill = {"pad_id": 0, "pad_type_id": 0, "pad_token": "x", "pad_to_multiple_of": None}
+    rules["truncation"] = {**kinds, "max_length": 3}
+    rules["padding"] = {**fill, "strategy": {"Fixed": 30}, "direction": "Left"}
+    folder = write_text_files(tmp_path, tokenizer__json=rules)
+    text = "hello world"
+    assert tokenizer_of(folder).encode(text) == tiny_text.tokenizer().encode(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"h": 0}, "unk_token": "?"}},
+        {
+            "post_processor": {  # The library panics.
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "?", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+    ids=["error", "panic"],
+)
+def test_rules_that_fail_on_a_text_are_the_files_mistake(tmp_path, change) -> None:
+    rules = json.loads(tiny_text.library_tokenizer().to_str()) | change
+    tokenizer = tokenizer_of(write_text_files(tmp_path, tokenizer__json=rules))
+    with pytest.raises(ValueError, match=r"cannot make tokens of a text: .* whole one"):
+        tokenizer.encode("hello")
 
 
 def test_a_file_elsewhere_is_not_read(tmp_path: pathlib.Path) -> None:
