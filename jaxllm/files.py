@@ -8,7 +8,6 @@ a ValueError that names the file.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -21,6 +20,11 @@ import numpy as np
 # A config or an index of a thousand tensors is 100 kB. Parsed, JSON takes up to 30
 # times its size.
 JSON_LIMIT_BYTES = 4 << 20
+
+# Between rows that are read, fewer bytes than this are read too: systems read pages.
+GAP_BYTES = 4 << 10
+# Such rows are read so many bytes at a time.
+RUN_BYTES = 1 << 20
 
 
 def quoted(name: object) -> str:
@@ -251,8 +255,9 @@ class Stored:
     def read(self, rows: np.ndarray, columns: slice) -> np.ndarray:
         """Returns some rows, in the order asked for, between two columns.
 
-        Reads the bytes of these alone, except that blocks are read whole. Takes memory
-        for what it returns, a few times over: ask for few rows at a time.
+        Reads the bytes of these alone, except that blocks are read whole and gaps
+        below `GAP_BYTES` are read through. Takes memory for what it returns, a few
+        times over, and `RUN_BYTES`: ask for few rows at a time.
 
         Args:
           rows: which rows, counted from 0.
@@ -262,16 +267,43 @@ class Stored:
         first = columns.start // encoding.block_values
         last = -(-columns.stop // encoding.block_values)
         pitch = self.shape[-1] // encoding.block_values * encoding.block_bytes
-        raw = np.empty((len(rows), (last - first) * encoding.block_bytes), np.uint8)
-        begin = self.offset_bytes + first * encoding.block_bytes
-        # Where whole rows follow each other they are read at once.
-        follows = (np.diff(rows) == 1) & (raw.shape[1] == pitch)
-        cuts = np.flatnonzero(~follows) + 1
-        bounds = [0, *cuts.tolist(), len(rows)]
+        width = (last - first) * encoding.block_bytes
+        raw = np.empty((len(rows), width), np.uint8)
+        begins = self.offset_bytes + first * encoding.block_bytes + rows * pitch
         with self.file.open() as descriptor:
-            for start, stop in itertools.pairwise(bounds):
-                at = begin + int(rows[start]) * pitch
-                self.file.fill(descriptor, raw[start:stop], at)
+            for start, stop, step in _runs(begins, width):
+                at = int(begins[start])
+                if step == width:
+                    self.file.fill(descriptor, raw[start:stop], at)
+                    continue
+                run = np.empty((stop - start, step), np.uint8)
+                # Behind the last row there may be no gap.
+                end = run.size - (step - width)
+                self.file.fill(descriptor, run.reshape(-1)[:end], at)
+                raw[start:stop] = run[:, :width]
         skipped = first * encoding.block_values
         numbers = encoding.decode(raw)
         return numbers[:, columns.start - skipped : columns.stop - skipped]
+
+
+def _runs(begins: np.ndarray, width: int) -> Iterator[tuple[int, int, int]]:
+    """Yields rows that are read at once: start, stop, and bytes between beginnings.
+
+    Args:
+      begins: where each row that is asked for begins.
+      width: bytes of a row that are asked for.
+    """
+    steps = np.diff(begins)
+    ends = [*(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(begins) - 1]
+    start = 0
+    for last in ends:  # up to this row, and from it on, steps are equal
+        step = int(steps[start]) if start < last else width
+        if width <= step < width + GAP_BYTES:
+            stop, most = last + 1, max(1, RUN_BYTES // max(1, step))
+        else:
+            stop, step, most = last, width, 1
+        for row in range(start, stop, most):
+            yield row, min(row + most, stop), step
+        start = stop
+    if start == len(begins) - 1:
+        yield start, start + 1, width

@@ -1,7 +1,7 @@
 """Trained parameters in files, read by slices of the model's own arrays.
 
 `open_checkpoint` reads headers and checks every name and shape against the model;
-`Checkpoint.read` then reads any slice of any array, touching only the bytes it needs.
+`Checkpoint.read` then reads any slice of any array, and little more than its bytes.
 The model's arrays are not those of the files:
 
     model                files, each [out, in]

@@ -22,7 +22,7 @@ def load_params(
 ) -> Params:
     """Returns the parameters of `checkpoint`, lying as `layout` says.
 
-    Every byte is read once: each device reads a slice of each array, and devices
+    Every number is read once: each device reads a slice of each array, and devices
     exchange what a layout wants elsewhere or more than once. On the host there is at
     most one device's slice of one array at a time.
 

@@ -243,6 +243,18 @@ def test_the_cache_of_a_hub_is_read_through_its_links(tmp_path: pathlib.Path) ->
     assert weights.open_checkpoint(link).config == config
 
 
+def _sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list to which every read adds how many bytes it takes."""
+    sizes, fill = [], files.File.fill
+
+    def counted(self, descriptor: int, buffer: np.ndarray, offset_bytes: int) -> None:
+        sizes.append(buffer.nbytes)
+        fill(self, descriptor, buffer, offset_bytes)
+
+    monkeypatch.setattr(files.File, "fill", counted)
+    return sizes
+
+
 def test_a_slice_reads_its_bytes_and_no_others(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,14 +262,8 @@ def test_a_slice_reads_its_bytes_and_no_others(
     tensors = checkpoints.hugging_face(checkpoints.random_params(config), config)
     checkpoints.write_folder(tmp_path, checkpoints.config_json(config), tensors)
     checkpoint = weights.open_checkpoint(tmp_path)
-    sizes = []
-    fill = files.File.fill
-
-    def counted(self, descriptor: int, buffer: np.ndarray, offset_bytes: int) -> None:
-        sizes.append(buffer.nbytes)
-        fill(self, descriptor, buffer, offset_bytes)
-
-    monkeypatch.setattr(files.File, "fill", counted)
+    sizes = _sizes_read(monkeypatch)
+    monkeypatch.setattr(files, "GAP_BYTES", 1)  # these arrays have no gap of a page
     monkeypatch.setattr(weights, "PIECE_BYTES", 1 << 10)
     slices: list[tuple[Part, Path, tuple[slice, ...]]] = [
         ("ends", ("embedding",), (slice(8, 100), slice(16, 32))),
@@ -274,6 +280,56 @@ def test_a_slice_reads_its_bytes_and_no_others(
         found = checkpoint.read(part, path, index, np.float32)
         assert sum(sizes) == found.nbytes, path
         assert max(sizes) <= 1 << 10
+
+
+def _stored(path: pathlib.Path, array: np.ndarray) -> files.Stored:
+    path.write_bytes(bytes(8) + array.tobytes())
+    return files.Stored(
+        file=files.find(path),
+        offset_bytes=8,
+        shape=array.shape,
+        encoding=files.plain("F32", array.dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "sizes"),
+    [
+        (slice(0, 1200), [400 * 4800]),  # whole rows, in a run of 2 MB
+        (slice(400, 600), [54 * 4800 - 4000] * 7 + [22 * 4800 - 4000]),
+        (slice(0, 177), [54 * 4800 - 4092] * 7 + [22 * 4800 - 4092]),
+        (slice(1024, 1200), [176 * 4] * 400),  # a gap of 4096 bytes
+    ],
+)
+def test_small_gaps_are_read_through_in_runs_and_pages_are_skipped(
+    columns: slice, sizes: list[int], tmp_path: pathlib.Path, monkeypatch
+) -> None:
+    found = _sizes_read(monkeypatch)
+    monkeypatch.setattr(files, "RUN_BYTES", 54 * 4800 if len(sizes) > 1 else 1 << 21)
+    array = np.arange(400 * 1200, dtype=np.float32).reshape(400, 1200)
+    stored = _stored(tmp_path / "x", array)
+    np.testing.assert_array_equal(
+        stored.read(np.arange(400), columns), array[:, columns]
+    )
+    assert found == sizes
+
+
+@pytest.mark.parametrize("gap_bytes", [1, 40, 4096])
+def test_rows_are_read_in_any_order(
+    gap_bytes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GGUF's rotary order asks for them, and worse."""
+    monkeypatch.setattr(files, "GAP_BYTES", gap_bytes)
+    monkeypatch.setattr(files, "RUN_BYTES", 100)
+    rng = np.random.default_rng(0)
+    array = rng.random((16, 9), np.float32)
+    stored = _stored(tmp_path / "x", array)
+    orders = [np.arange(0), np.array([5]), np.r_[0:16:2, 1:16:2], np.arange(16)[::-1]]
+    orders += [rng.integers(0, 16, size) for size in rng.integers(1, 9, 40)]
+    for rows in orders:
+        start, stop = sorted(rng.integers(0, 10, 2).tolist())
+        found = stored.read(rows, slice(start, stop))
+        np.testing.assert_array_equal(found, array[rows, start:stop])
 
 
 READS = [
