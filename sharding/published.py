@@ -96,13 +96,18 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     def change(tree: Tree) -> Tree:
         return widen(tree, layout.config, layout.model)
 
-    def put(stack: Tree, tree: Tree, stage: jax.Array, slot: jax.Array) -> Tree:
-        one = functools.partial(_put, layout, stage=stage, slot=slot)
-        return jax.tree.map(one, stack, change(tree))
+    @functools.cache
+    def putting(sharding: Any) -> Any:
+        put = functools.partial(_put, layout)
+        return jax.jit(put, out_shardings=sharding, donate_argnums=0)
+
+    def put(stack: jax.Array, leaf: jax.Array, **home: jax.Array) -> jax.Array:
+        return jax.block_until_ready(putting(stack.sharding)(stack, leaf, **home))
 
     to_ends = jax.jit(change, out_shardings=wanted.ends)
     to_block = jax.jit(change, out_shardings=block)
-    to_stack = jax.jit(put, out_shardings=block, donate_argnums=0)
+    even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
+    to_wide = jax.jit(change, out_shardings=even)
     # Made when the first layer comes, for the ends are the largest arrays to move.
     to_empty = functools.partial(
         layout.zeros, named.blocks if layout.layers == "scanned" else named.blocks[0]
@@ -126,7 +131,11 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
                 stage, slot = homes[part]
                 at = 0 if layout.layers == "scanned" else slot
                 stack = blocks.pop(at) if at in blocks else to_empty(mesh)
-                blocks[at] = to_stack(stack, tree, jnp.int32(stage), jnp.int32(slot))
+                # One array after the other: each is for a moment on every stage.
+                at_home = functools.partial(
+                    put, stage=jnp.int32(stage), slot=jnp.int32(slot)
+                )
+                blocks[at] = jax.tree.map(at_home, stack, to_wide(tree))
                 del stack
             # Else the parts that wait for the devices pile up.
             jax.block_until_ready((ends, blocks))
@@ -220,11 +229,16 @@ def _put(
     """Returns `stack` with one layer's array in its place."""
     if layout.partition.stage == 1:
         return lax.dynamic_update_index_in_dim(stack, leaf, slot, 0)
-    scanned = layout.layers == "scanned"
-    old = lax.dynamic_index_in_dim(stack, slot, 1, keepdims=False) if scanned else stack
     # A comparison, not an update at `stage`: every stage then looks at its own only.
-    new = jnp.where(_is_stage(layout, stage, old.ndim), leaf[None], old)
-    return lax.dynamic_update_index_in_dim(stack, new, slot, 1) if scanned else new
+    here = _is_stage(layout, stage, stack.ndim)
+    if layout.layers == "scanned":
+        # Nor an update at `slot`: compilers copy a stack that is read and written.
+        slots = jnp.arange(stack.shape[1], dtype=jnp.int32)
+        here &= (slots == slot).reshape(1, -1, *(1,) * leaf.ndim)
+    leaf = jnp.expand_dims(leaf, tuple(range(stack.ndim - leaf.ndim)))
+    # In bits, for CPUs move bfloat16 as float32.
+    new = jnp.where(here, _bits(leaf), _bits(stack))
+    return lax.bitcast_convert_type(new, stack.dtype)
 
 
 def _pick(
@@ -238,11 +252,14 @@ def _pick(
         return stack
     # A sum of bits, of which one stage's are not zero: adding floats would lose the
     # sign of -0, and indexing a split dimension gathers it.
-    narrow_bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
-    bits = lax.bitcast_convert_type(stack, narrow_bits).astype(jnp.uint32)
-    bits = jnp.where(_is_stage(layout, stage, stack.ndim), bits, jnp.uint32(0))
-    found = jnp.sum(bits, axis=0, dtype=jnp.uint32).astype(narrow_bits)
+    bits = _bits(stack)
+    own = jnp.where(_is_stage(layout, stage, stack.ndim), bits.astype(jnp.uint32), 0)
+    found = jnp.sum(own, axis=0, dtype=jnp.uint32).astype(bits.dtype)
     return lax.bitcast_convert_type(found, stack.dtype)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def _is_stage(layout: Layout, stage: jax.Array, ndim: int) -> jax.Array:
