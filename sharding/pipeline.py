@@ -157,11 +157,17 @@ class Pipeline:
             old = keep | (t % self.groups != slot)
             return CacheLayer(kv=kv, row=row, keep=old).write(new, 0, self.place).kv
 
+        def write_all(slots: tuple[KV, ...], new: KV) -> tuple[KV, ...]:
+            done: list[KV] = []
+            for i, kv in enumerate(slots):
+                # One after the other: XLA of jaxlib 0.12 fuses the writes of many
+                # slots around what they share, and copies the cache behind it.
+                new, kv, done = lax.optimization_barrier((new, kv, done))
+                done.append(write(i, kv, new))
+            return tuple(done)
+
         with jax.named_scope("write_slots"):
-            return x, tuple(
-                tuple(write(i, kv, new) for i, kv in enumerate(slots))
-                for slots, new in zip(cache, fresh, strict=True)
-            )
+            return x, tuple(map(write_all, cache, fresh))
 
     def decode(self, params: Params, state: State) -> tuple[State, Any]:
         """Runs one round; returns the state and the logits [B, V] behind its tokens.
