@@ -36,7 +36,8 @@ from sharding.target import Target, parse_target
 _CODE = (
     "jaxllm", "sharding", "experiments/evaluate.py", "experiments/report/record.py",
 )  # fmt: skip
-_PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+_LIMITS = {"prefill": "ttft_limit_s", "decode": "tpot_limit_s"}
 # How XLA:TPU says that a program is too large, since libtpu 0.0.3x.
 _TOO_LARGE = re.compile(
     r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
@@ -61,6 +62,7 @@ class Ask:
     output_len: int
     dtype: str = "bfloat16"
     layers: str = "auto"
+    micro_batches: tuple[int | None, ...] = (None,)
     fewer: bool = False
 
 
@@ -103,10 +105,11 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
             batch_size=batch_size,
             input_len=ask.input_len,
             output_len=ask.output_len,
+            asked_micro_batches=micro_batches,
             context=_context(configs[model], target, ask.chip),
         )
-        for model, target, batch_size, rules in itertools.product(
-            ask.models, known, ask.batch_sizes, ask.rules
+        for model, target, batch_size, rules, micro_batches in itertools.product(
+            ask.models, known, ask.batch_sizes, ask.rules, ask.micro_batches
         )
         for partition in parse_partitions(ask.partitions, target.num_devices, rules)
         for used in [target.first(partition.num_devices) if ask.fewer else target]
@@ -147,93 +150,184 @@ def _context(
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseAnswer:
+    """What became of one phase of a point.
+
+    Attributes:
+      phase: "prefill" or "decode".
+      status, reason, origin: as in a record.
+      needed_bytes, available_bytes: memory of one device, where that was looked at.
+      micro_batches: into which prefill is cut; null where nothing was compiled.
+      limit_s: the least time; null where nothing was priced.
+      record: counts of the compiled program, or null.
+      parts: where its time goes, or null.
+    """
+
+    phase: str
+    status: str = "ok"
+    reason: str | None = None
+    origin: str = "compiled"
+    needed_bytes: int | None = None
+    available_bytes: int | None = None
+    micro_batches: int | None = None
+    limit_s: float | None = None
+    record: PhaseRecord | None = None
+    parts: TimeParts | None = None
+
+
 def evaluate(point: Point) -> Record:
     """Returns the record of `point`.
 
     Raises:
       ValueError: the compiled program holds something that cannot be counted.
     """
-    target = parse_target(point.target, point.context.get("priced_as"))
+    answers: list[PhaseAnswer] = []
+    for phase in PHASES:
+        answers.append(evaluate_phase(point, phase))
+        if answers[-1].parts is None:
+            break
+    return join(point, answers)
+
+
+def programs(point: Point, target: Target) -> dict[Phase, Program]:
+    """Returns both phases of `point`, as best written for `target`.
+
+    Raises:
+      ValueError: the combination cannot work.
+    """
     config = config_lib.load(point.model)
-    record = functools.partial(Record.of, point, provenance.collect())
     workload = Workload(
         batch_size=point.batch_size,
         input_len=point.input_len,
         output_len=point.output_len,
     )
     partition = Partition.parse(point.partition, point.rules)
-    try:
-        check(
-            config,
-            partition,
-            workload,
-            num_devices=target.num_devices,
-            target=target.name,
-        )
-        prefill, decode = (
-            Program(
-                phase=phase,
-                config=config,
-                partition=partition,
-                workload=workload,
-                dtype=point.dtype,
-            )
-            for phase in _PHASES
-        )
-    except ValueError as error:
-        return record(status="refused", reason=str(error))
-    prefill, decode = (
-        choices.choose(program, target, layers=point.layers)
-        for program in (prefill, decode)
+    check(
+        config,
+        partition,
+        workload,
+        num_devices=target.num_devices,
+        target=target.name,
     )
+    written: dict[Phase, Program] = {
+        phase: Program(
+            phase=phase,
+            config=config,
+            partition=partition,
+            workload=workload,
+            dtype=point.dtype,
+            micro_batches=point.asked_micro_batches,
+        )
+        for phase in PHASES
+    }
+    return {
+        phase: choices.choose(program, target, layers=point.layers)
+        for phase, program in written.items()
+    }
 
-    memory: dict[str, Any] = dict(available_bytes=target.chip.per_device().hbm_bytes)
-    layout = decode.layout
+
+def evaluate_phase(point: Point, phase: Phase) -> PhaseAnswer:
+    """Returns what becomes of `phase` of `point`, compiled if its arrays fit.
+
+    Raises:
+      ValueError: the compiled program holds something that cannot be counted.
+    """
+    target = parse_target(point.target, point.context.get("priced_as"))
+    answer = functools.partial(PhaseAnswer, phase=phase)
+    try:
+        written = programs(point, target)
+    except ValueError as error:
+        return answer(status="refused", reason=str(error))
+    layout = written["decode"].layout
+    available = int(target.chip.per_device().hbm_bytes)
     weights = layout.device_bytes(layout.named_params())
     kv = layout.device_bytes(layout.named_state().cache)
-    if weights + kv > memory["available_bytes"]:
-        memory["needed_bytes"] = weights + kv
-        reason = (
-            f"Weights {units.bytes_(weights)} and KV cache {units.bytes_(kv)} alone are"
-            " too much; nothing was compiled."
+    if weights + kv > available:
+        return answer(
+            status="does not fit",
+            reason=(
+                f"Weights {units.bytes_(weights)} and KV cache {units.bytes_(kv)} alone"
+                " are too much; nothing was compiled."
+            ),
+            origin="modelled",
+            needed_bytes=weights + kv,
+            available_bytes=available,
         )
-        return record(status="does not fit", reason=reason, origin="modelled", **memory)
+    answer = functools.partial(
+        answer, micro_batches=written["prefill"].prefill_micro_batches
+    )
+    program = written[phase]
+    try:
+        compiled = program.compile(target)
+    except jax.errors.JaxRuntimeError as error:
+        exceeded = too_large(str(error))
+        if exceeded is None:
+            raise
+        reason = (
+            f"The compiler refused {phase}: weights {units.bytes_(weights)}, KV cache"
+            f" {units.bytes_(kv)}, the rest is temporary."
+        )
+        needed, available = exceeded
+        return answer(
+            status="does not fit",
+            reason=reason,
+            needed_bytes=needed,
+            available_bytes=available,
+        )
+    record, parts, limit_s = price(program, compiled, target)
+    needed = record.memory.peak_bytes
+    listed = ", ".join(f"{n} {units.bytes_(b)}" for n, b in record.memory.items())
+    return answer(
+        status="ok" if needed <= available else "does not fit",
+        reason=None if needed <= available else f"{listed}.",
+        needed_bytes=needed,
+        available_bytes=available,
+        limit_s=limit_s,
+        record=record,
+        parts=parts,
+    )
 
-    phases: dict[str, Any] = {"micro_batches": prefill.prefill_micro_batches}
-    times: dict[str, TimeParts] = {}
-    for program in (prefill, decode):
-        try:
-            compiled = program.compile(target)
-        except jax.errors.JaxRuntimeError as error:
-            exceeded = too_large(str(error))
-            if exceeded is None:
-                raise
-            needed, memory["available_bytes"] = exceeded
-            memory["needed_bytes"] = needed
-            reason = (
-                f"The compiler refused {program.phase}: weights"
-                f" {units.bytes_(weights)}, KV cache {units.bytes_(kv)}, the rest is"
-                " temporary."
-            )
-            return record(status="does not fit", reason=reason, **phases, **memory)
-        phase, times[program.phase], limit_s = price(program, compiled, target)
-        phases[program.phase] = phase
-        name = {"prefill": "ttft_limit_s", "decode": "tpot_limit_s"}[program.phase]
-        phases[name] = limit_s
 
-    fullest = max((phases[p].memory for p in _PHASES), key=lambda m: m.peak_bytes)
-    memory["needed_bytes"] = fullest.peak_bytes
-    if fullest.peak_bytes > memory["available_bytes"]:
-        parts = ", ".join(f"{name} {units.bytes_(b)}" for name, b in fullest.items())
-        return record(status="does not fit", reason=f"{parts}.", **phases, **memory)
+def join(point: Point, answers: Sequence[PhaseAnswer]) -> Record:
+    """Returns the record of `point` from those of its phases that were looked at.
+
+    Args:
+      point: what was asked.
+      answers: of prefill and of decode; fewer only if one has no parts or no room.
+    """
+    record = functools.partial(Record.of, point, provenance.collect())
+    last = answers[-1]
+    fields: dict[str, Any] = {"micro_batches": last.micro_batches}
+    for answer in answers:
+        if answer.record is not None:
+            fields[answer.phase] = answer.record
+            fields[_LIMITS[answer.phase]] = answer.limit_s
+    # Without parts nothing is known of the rest; else the fuller phase decides.
+    decisive = last
+    if last.parts is not None:
+        decisive = max(answers, key=lambda answer: answer.needed_bytes or 0)
+    fields |= {
+        name: getattr(decisive, name) for name in ("needed_bytes", "available_bytes")
+    }
+    if decisive.status != "ok":
+        return record(
+            status=decisive.status,
+            reason=decisive.reason,
+            origin=decisive.origin,
+            **fields,
+        )
+    prefill, decode = (answer.parts for answer in answers)
+    assert prefill is not None
+    assert decode is not None
     found = metrics(
-        ttft_parts_s=times["prefill"],
-        tpot_parts_s=times["decode"],
+        ttft_parts_s=prefill,
+        tpot_parts_s=decode,
         batch_size=point.batch_size,
         output_len=point.output_len,
-        num_chips=target.num_chips,
+        num_chips=point.num_chips,
     )
-    return record(status="ok", **phases, **memory, **found)
+    return record(status="ok", **fields, **found)
 
 
 def price(

@@ -121,6 +121,7 @@ def measure(point: Point, how: How) -> Record:
                 partition=partition,
                 workload=workload,
                 dtype=point.dtype,
+                micro_batches=point.asked_micro_batches,
             )
             for phase in _PHASES
         )

@@ -125,6 +125,7 @@ def test_points_that_differ_anywhere_have_different_keys(field: str) -> None:
         str: lambda: value + "x",
         int: lambda: value + 1,
         dict: lambda: value | {"jax": "0.12.0"},
+        type(None): lambda: 4,
     }[type(value)]()
     changed = dataclasses.replace(point, **{field: other})
     assert changed.key != point.key

@@ -95,10 +95,16 @@ class Question:
         return len({r.rules for r in self.records}) > 1
 
     def label(self, record: Record) -> str:
-        """Name of a record's series: its partition, and its rules if they vary."""
+        """Name of a record's series: its partition, and its rules if they vary.
+
+        With micro-batches where a number was asked for, as in "tp4_pp2 M8".
+        """
+        name = record.partition
         if self.many_rules:
-            return f"{record.partition} {record.rules}"
-        return record.partition
+            name += f" {record.rules}"
+        if record.asked_micro_batches is not None:
+            name += f" M{record.asked_micro_batches}"
+        return name
 
 
 def questions(records: Iterable[Record]) -> list[Question]:

@@ -45,6 +45,7 @@ class Point:
       num_chips: of the target.
       num_devices: JAX devices of the target; a chip may show two.
       layers: "unrolled", "scanned", or "auto" where each phase has its own.
+      asked_micro_batches: into which prefill is cut; None leaves it to the program.
       context: digests and versions of everything else that determines the answer
         (code, model config, chip file, jax, plugins, compiler flags). Two points
         that differ only here are never mixed in one report.
@@ -62,6 +63,7 @@ class Point:
     batch_size: int
     input_len: int
     output_len: int
+    asked_micro_batches: int | None = None
     context: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -258,6 +260,7 @@ class Record:
     prefill: PhaseRecord | None
     decode: PhaseRecord | None
     provenance: Provenance
+    asked_micro_batches: int | None = dataclasses.field(default=None, metadata=_ADDED)
     predicted_ttft_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
     predicted_tpot_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
     measurement: Measurement | None = dataclasses.field(default=None, metadata=_ADDED)
@@ -381,7 +384,7 @@ class Record:
             raise ValueError(
                 f"schema {data.get('schema')} was found; this code reads {SCHEMA}."
             )
-        return _decode(cls, data, "record")
+        return decode(cls, data, "record")
 
 
 _METRICS = (
@@ -466,7 +469,7 @@ def _refuse_bad_numbers(value: Any, where: str) -> None:
         raise ValueError(f"{where} is {value}; figures are finite and not negative.")
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
+def decode(kind: Any, value: Any, where: str) -> Any:
     """Builds `kind`, a dataclass or an annotation used in one, from parsed JSON."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
@@ -477,15 +480,15 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
                 f"{where} must have each of its fields once; missing or"
                 f" unknown: {', '.join(sorted(wrong))}."
             )
-        fields = {n: _decode(hints[n], v, f"{where}.{n}") for n, v in value.items()}
+        fields = {n: decode(hints[n], v, f"{where}.{n}") for n, v in value.items()}
         return kind(**fields)  # pyright: ignore[reportCallIssue]
     if origin is types.UnionType:
         (inner,) = (arg for arg in args if arg is not types.NoneType)
-        return None if value is None else _decode(inner, value, where)
+        return None if value is None else decode(inner, value, where)
     if origin is tuple and isinstance(value, list):
-        return tuple(_decode(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(decode(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
-        return {n: _decode(args[1], v, f"{where}.{n}") for n, v in value.items()}
+        return {n: decode(args[1], v, f"{where}.{n}") for n, v in value.items()}
     if kind is float and type(value) in (int, float):
         return float(value)
     if type(value) is kind:
