@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -93,8 +93,11 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     homes, stacked = _homes(layout), _stacked(layout)
     block = wanted.blocks if layout.layers == "scanned" else wanted.blocks[0]
 
-    def change(tree: Tree) -> Tree:
-        return widen(tree, layout.config, layout.model)
+    def widened(homes: Tree) -> Callable[[Tree], Tree]:
+        if layout.model == layout.config:  # arrays that lie so already are not copied
+            return lambda tree: jax.device_put(tree, homes)
+        change = functools.partial(widen, config=layout.config, model=layout.model)
+        return jax.jit(change, out_shardings=homes)
 
     @functools.cache
     def putting(sharding: Any) -> Any:
@@ -104,10 +107,8 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     def put(stack: jax.Array, leaf: jax.Array, **home: jax.Array) -> jax.Array:
         return jax.block_until_ready(putting(stack.sharding)(stack, leaf, **home))
 
-    to_ends = jax.jit(change, out_shardings=wanted.ends)
-    to_block = jax.jit(change, out_shardings=block)
     even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
-    to_wide = jax.jit(change, out_shardings=even)
+    to_ends, to_block, to_wide = map(widened, (wanted.ends, block, even))
     # Made when the first layer comes, for the ends are the largest arrays to move.
     to_empty = functools.partial(
         layout.zeros, named.blocks if layout.layers == "scanned" else named.blocks[0]

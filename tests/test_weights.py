@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -437,11 +438,13 @@ LARGE = ModelConfig(
 )
 
 
-def _write_large(folder: pathlib.Path, kind: str) -> pathlib.Path:
+def _write_large(
+    folder: pathlib.Path, kind: str, config: ModelConfig = LARGE
+) -> pathlib.Path:
     """Writes a checkpoint of zeros: Q8_0, or bfloat16 as a hole in the file."""
-    names = reference.parameter_shapes(LARGE, tied=True)
+    names = reference.parameter_shapes(config, tied=True)
     zeros = {name: np.zeros(shape, np.uint8) for name, shape in names.items()}
-    zeros = checkpoints.hugging_face(zeros, LARGE)
+    zeros = checkpoints.hugging_face(zeros, config)
     if kind == "gguf":
         blocks = {
             name: np.zeros((len(value), value.shape[1] // 32 * 34), np.uint8)
@@ -449,7 +452,7 @@ def _write_large(folder: pathlib.Path, kind: str) -> pathlib.Path:
             else value.astype(np.float32)
             for name, value in checkpoints.gguf_names(zeros).items()
         }
-        return checkpoints.write_gguf(folder / "x.gguf", LARGE, blocks, Kind.Q8_0)
+        return checkpoints.write_gguf(folder / "x.gguf", config, blocks, Kind.Q8_0)
     header, end = {}, 0
     for name, value in zeros.items():
         begin, end = end, end + 2 * value.size
@@ -459,7 +462,7 @@ def _write_large(folder: pathlib.Path, kind: str) -> pathlib.Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps(checkpoints.config_json(LARGE)))
+    (folder / "config.json").write_text(json.dumps(checkpoints.config_json(config)))
     return folder
 
 
@@ -484,6 +487,66 @@ def test_loading_takes_memory_for_the_shards_and_little_more(
     assert largest_bytes == 65_536 * 1024 * jnp.dtype(dtype).itemsize
     assert held_bytes > 127e6 * jnp.dtype(dtype).itemsize / degree
     assert grown_bytes - held_bytes < 0.3 * largest_bytes
+
+
+_LOAD = """
+import sys
+import jax
+from jaxllm import weights
+from sharding.layout import Layout
+from sharding.load import load_params
+from sharding.mesh import make_mesh
+from sharding.partition import Partition, Workload
+from sharding.target import parse_target
+
+def status(key):
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return 1024 * int(lines[key].split()[0])
+
+def load(path):
+    checkpoint = weights.open_checkpoint(path)
+    layout = Layout(
+        config=checkpoint.config,
+        partition=partition,
+        workload=Workload(batch_size=4, input_len=1, output_len=1),
+        dtype="bfloat16",
+        layers=sys.argv[4],
+    )
+    return load_params(checkpoint, layout, mesh)
+
+partition = Partition.parse(sys.argv[3])
+mesh = make_mesh(parse_target("cpu:4").mesh_devices(partition.shape))
+load(sys.argv[1])  # a small model: imports and the compiler's own memory
+before = status("VmRSS")
+leaves = jax.tree.leaves(load(sys.argv[2]))
+held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+print(status("VmHWM") - before, held)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured by /proc")
+@pytest.mark.parametrize(
+    ("name", "layers", "limit"), [("tp1", "unrolled", 0.6), ("pp4", "scanned", 1.3)]
+)
+def test_devices_of_one_host_are_filled_in_little_more_memory(
+    name: str, layers: str, limit: float, tmp_path: pathlib.Path
+) -> None:
+    """Less than `limit` of the largest array; stages have one layer each at once."""
+    small = dataclasses.replace(LARGE, embed_dim=64, mlp_dim=128, vocab_size=256)
+    paths = [tmp_path / "small", tmp_path / "large"]
+    for path, config in zip(paths, (small, LARGE), strict=True):
+        path.mkdir()
+        _write_large(path, "safetensors", config)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *paths, name, layers],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    grown_bytes, held_bytes = map(int, done.stdout.split())
+    assert grown_bytes - held_bytes < limit * 65_536 * 1024 * 2
 
 
 def test_smollm2_is_the_preset() -> None:
