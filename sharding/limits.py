@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sharding.attention import KERNELS
 from sharding.chips import Chip
-from sharding.estimate import links_used
+from sharding.links import links_used
 from sharding.program import Program
 
 

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from sharding.chips import CHIPS, Chip
-from sharding.estimate import collective_time_s, estimate, links_used
+from sharding.estimate import collective_time_s, estimate
 from sharding.hlo.ledger import Collective, Cost, Ledger
+from sharding.links import links_used
 
 
 def _cost(

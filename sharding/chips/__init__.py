@@ -8,6 +8,10 @@ whole chip: `Chip.per_device` gives the share of one JAX device.
 A source that starts with "measured" was timed by this project, one that starts
 with "assumed" is a guess that says what it leans on, and everything else is
 published by the vendor or by whoever is named.
+
+A chip that somebody measured has its samples in `h100.jsonl` beside `h100.toml`
+(`sharding.chips.calibration`); then `Chip.calibrated` is not None, and
+`sharding.rates` asks them instead of the peaks. `h100@published` is the chip without.
 """
 
 import dataclasses
@@ -17,6 +21,8 @@ import pathlib
 import tomllib
 from collections.abc import Mapping
 from typing import Any
+
+from sharding.chips.calibration import Calibration, read_calibration
 
 KINDS = ("gpu", "tpu", "cpu")
 
@@ -74,6 +80,8 @@ class Chip:
       call_overhead_s: one call of a compiled program with nothing to do.
       sources: where each figure is from, e.g. under "hbm_bytes" and
         "flops_per_s.bf16".
+      calibrated: what was measured on it, with date and versions; None where prices
+        are made from the figures above.
 
     Raises:
       ValueError: a figure is not positive or has no source, or a label is unknown.
@@ -96,6 +104,7 @@ class Chip:
     hop_latency_s: float
     call_overhead_s: float
     sources: Mapping[str, str] = dataclasses.field(hash=False)
+    calibrated: Calibration | None = None
 
     def __post_init__(self) -> None:
         for label, known in (("kind", KINDS), ("topology", TOPOLOGIES)):
@@ -120,6 +129,20 @@ class Chip:
                     f" [{figure}]."
                 )
 
+    @property
+    def rates_from(self) -> str:
+        """Where prices on this chip come from, in words for a report.
+
+        Example:
+          >>> CHIPS["v5p"].rates_from
+          'published peaks'
+        """
+        return str(self.calibrated or "published peaks")
+
+    def published(self) -> "Chip":
+        """Returns this chip without what was measured on it."""
+        return dataclasses.replace(self, calibrated=None)
+
     def figures(self) -> dict[str, float]:
         """Returns every number of this chip under the name its source has."""
         figures: dict[str, float] = {}
@@ -137,7 +160,7 @@ class Chip:
         Raises:
           ValueError: this chip's file has no rate for it.
         """
-        key = _DTYPES.get(dtype, dtype)
+        key = short_dtype(dtype)
         if key not in self.flops_per_s:
             raise ValueError(
                 f"no matrix rate for dtype {dtype!r} on chip {self.name!r}, which has"
@@ -165,6 +188,16 @@ class Chip:
             hbm_bytes_per_s=self.hbm_bytes_per_s / n,
             link_bytes_per_s=self.link_bytes_per_s / n,
         )
+
+
+def short_dtype(dtype: str) -> str:
+    """Returns the name of a dtype in chip files.
+
+    Example:
+      >>> short_dtype("bfloat16"), short_dtype("int8")
+      ('bf16', 'int8')
+    """
+    return _DTYPES.get(dtype, dtype)
 
 
 def load_chip(path: pathlib.Path | str) -> Chip:
@@ -220,28 +253,51 @@ def _value(path: pathlib.Path, name: str, figure: Any, sources: dict[str, str]) 
 
 
 def find_chip(name: str) -> Chip:
-    """Returns the chip called `name`, or the one in the file `name` ending in .toml.
+    """Returns the chip called `name`, or the one in the file `name`.
+
+    A file ends in .toml, or in .jsonl: measurements of the chip that it names, which
+    is a known one or in a file of that name beside it. `NAME@published` has none.
 
     Raises:
       ValueError: no such chip.
     """
+    if name.endswith(_PUBLISHED):
+        return find_chip(name.removesuffix(_PUBLISHED)).published()
     if name.endswith(".toml"):
         return load_chip(name)
+    if name.endswith(".jsonl"):
+        return load_calibrated(name)
     if name not in CHIPS:
         near = difflib.get_close_matches(name.lower(), CHIPS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
             f"no chip {name!r}: {hint}There are {', '.join(CHIPS)}. A chip is one of"
-            " these or a file that ends in .toml. Choose one, or write a file like"
-            " sharding/chips/h100.toml."
+            " these or a file that ends in .toml or .jsonl. Choose one, or write a file"
+            " like sharding/chips/h100.toml."
         )
     return CHIPS[name]
 
 
+def load_calibrated(path: pathlib.Path | str) -> Chip:
+    """Returns the chip that a file of measurements names, with these measurements.
+
+    Raises:
+      ValueError: the file is no calibration, or its chip is not known.
+    """
+    path = pathlib.Path(path)
+    calibration = read_calibration(path)
+    name = calibration.header.chip
+    beside = path.with_name(f"{name}.toml")
+    chip = load_chip(beside) if beside.is_file() else find_chip(name)
+    return dataclasses.replace(chip, calibrated=calibration)
+
+
 def _load_all() -> dict[str, Chip]:
     folder = pathlib.Path(__file__).parent
-    chips = [load_chip(path) for path in sorted(folder.glob("*.toml"))]
-    return {chip.name: chip for chip in chips}
+    found = {path.stem: load_chip(path) for path in sorted(folder.glob("*.toml"))}
+    measured = {path.stem: load_calibrated(path) for path in folder.glob("*.jsonl")}
+    return {chip.name: chip for chip in {**found, **measured}.values()}
 
 
+_PUBLISHED = "@published"
 CHIPS: Mapping[str, Chip] = _load_all()
