@@ -137,10 +137,10 @@ def vector_s(chip: Chip, flops: float) -> float:
 
     At the matrix rate of bf16 where a chip's vector rate is unknown.
     """
-    if chip.calibrated is not None and flops:
-        if measured := curves.curve(chip.calibrated, "vector", "flops"):
-            least, seconds = measured.points[0]
-            return measured.at(flops) if flops > least else seconds * flops / least
+    measured = chip.calibrated and curves.curve(chip.calibrated, "vector", "flops")
+    if measured:
+        least, seconds = measured.points[0]
+        return measured.at(flops) if flops > least else seconds * flops / least
     return flops / (chip.vector_flops_per_s or chip.matmul_flops_per_s("bf16"))
 
 
