@@ -1,16 +1,14 @@
 """The results file: records appended one line each, safe against being killed.
 
-A record is written as one line in one `write`, then flushed and synced, so a
-sweep killed at any moment leaves whole lines and at most one cut-off last line.
+A sweep killed at any moment leaves whole lines and at most one cut-off last line.
 Reading drops that line and says so; opening for writing also cuts it off.
 """
 
-import fcntl
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from experiments.report.lines import Lines
 from experiments.report.record import Point, Record
 
 FILE_NAME = "results.jsonl"
@@ -51,26 +49,14 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = open(folder / FILE_NAME, "ab")  # noqa: SIM115
+        self._lines = Lines(folder / FILE_NAME)
+        self.dropped = self._lines.dropped
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(
-                f"{folder} is being written by another process; a results file has"
-                " one writer. Wait for it, or choose another folder."
-            ) from None
-        try:
-            records, self.dropped = read_records(folder)
+            records, _ = read_records(folder)
         except ValueError:
-            self._file.close()
+            self._lines.close()
             raise
-        if self.dropped is not None:
-            size = self._file.seek(0, os.SEEK_END)
-            data = (folder / FILE_NAME).read_bytes()
-            self._file.truncate(data.rfind(b"\n") + 1 if size else 0)
         self.records = newest(records)
 
     def lacks(self, point: Point) -> bool:
@@ -80,9 +66,7 @@ class Store:
 
     def append(self, record: Record) -> None:
         """Writes one record; it is on disk when this returns."""
-        self._file.write(record.to_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.append(record.to_json())
         self.records.pop(record.key, None)
         self.records[record.key] = record
 
@@ -90,7 +74,7 @@ class Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def newest(records: Iterable[Record]) -> dict[str, Record]:

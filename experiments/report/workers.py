@@ -65,15 +65,28 @@ class Workers:
         importable and everything can be pickled.
         """
         waiting = deque(items)
-        while waiting or self._busy:
-            while waiting and len(self._busy) < self._jobs:
+        yield from self.follow(function, lambda: waiting.popleft() if waiting else None)
+
+    def follow(
+        self, function: Callable[[Any], Any], following: Callable[[], Any | None]
+    ) -> Generator[Event, None, None]:
+        """Yields events of `function(item)` for items that depend on what was found.
+
+        Whenever a process is free, `following` is asked for the next item, or None if
+        there is nothing to do until more is known. It ends when nothing is running and
+        there is still nothing to do.
+        """
+        while True:
+            while len(self._busy) < self._jobs and (item := following()) is not None:
                 worker = self._idle.pop() if self._idle else self._start()
-                worker.item = waiting.popleft()
+                worker.item = item
                 self._busy.append(worker)
                 # A worker that died while idle is found out by the wait below.
                 with contextlib.suppress(OSError):
                     worker.pipe.send((function, worker.item))
                 yield Event(kind="started", item=worker.item)
+            if not self._busy:
+                return
             by_pipe = {worker.pipe: worker for worker in self._busy}
             for pipe in multiprocessing.connection.wait(by_pipe):
                 worker = by_pipe[pipe]  # pyright: ignore[reportArgumentType]
