@@ -8,29 +8,40 @@ from experiments.report.record import Record
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Service-level objective: the longest TTFT and TPOT allowed, or None."""
+    """Service-level objective: longest TTFT and TPOT, least throughput; or None."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    output_tokens_per_s: float | None = None
 
     @classmethod
-    def of_ms(cls, *, ttft_ms: float | None, tpot_ms: float | None) -> "Objective":
+    def of_ms(
+        cls,
+        *,
+        ttft_ms: float | None,
+        tpot_ms: float | None,
+        min_tokens_per_s: float | None = None,
+    ) -> "Objective":
         """Returns the objective written in milliseconds, as on the command line."""
         return cls(
             ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
             tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
+            output_tokens_per_s=min_tokens_per_s,
         )
 
     @property
     def given(self) -> bool:
-        return self.ttft_s is not None or self.tpot_s is not None
+        return any(value is not None for value in dataclasses.astuple(self))
 
     def met(self, record: Record) -> bool:
         """Whether `record` has times and none is longer than allowed."""
         if record.status != "ok":
             return False
-        return (self.ttft_s is None or record.require("ttft_s") <= self.ttft_s) and (
-            self.tpot_s is None or record.require("tpot_s") <= self.tpot_s
+        least = self.output_tokens_per_s
+        return (
+            (self.ttft_s is None or record.require("ttft_s") <= self.ttft_s)
+            and (self.tpot_s is None or record.require("tpot_s") <= self.tpot_s)
+            and (least is None or record.require("output_tokens_per_s") >= least)
         )
 
 

@@ -222,11 +222,7 @@ def headline(question: Question) -> str:
 
 def met_by(question: Question, objective: Objective) -> str:
     """Returns who meets the objective, and which of them gives most tokens/s."""
-    wanted = " and ".join(
-        f"{name} of at most {units.seconds(value)}"
-        for name, value in (("TTFT", objective.ttft_s), ("TPOT", objective.tpot_s))
-        if value is not None
-    )
+    wanted = asked_for(objective)
     winner = most([r for r in question.ok if objective.met(r)], "tokens_per_s_per_chip")
     if winner is None:
         ttft, tpot = least(question.ok, "ttft_s"), least(question.ok, "tpot_s")
@@ -244,6 +240,18 @@ def met_by(question: Question, objective: Objective) -> str:
         f" {_per_chip(r)} per chip (TTFT {seconds_of(r, 'ttft_s')}, TPOT"
         f" {seconds_of(r, 'tpot_s')})."
     )
+
+
+def asked_for(objective: Objective) -> str:
+    """Returns e.g. "TTFT of at most 2.00 s and TPOT of at most 25.0 ms"."""
+    parts = [
+        f"{name} of at most {units.seconds(value)}"
+        for name, value in (("TTFT", objective.ttft_s), ("TPOT", objective.tpot_s))
+        if value is not None
+    ]
+    if (least := objective.output_tokens_per_s) is not None:
+        parts.append(f"at least {units.digits(least)} tokens/s")
+    return " and ".join(parts)
 
 
 def reason_line(record: Record) -> str:
