@@ -5,6 +5,7 @@ each phase, the pick of the last prompt position, and sampling.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,6 +25,10 @@ from jaxllm.model import Attend, Params, Tree, bind_ends, run_blocks
 
 # Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
 Lookup = Callable[[Array, Array], Array]
+
+# Attention of one token: grouped queries [B, 1, K, G, H], its keys and values
+# [B, K, 1, H], a layer's cache and positions; returns heads and the cache with it.
+TokenAttention = Callable[[Array, KV, CacheLayer, Array], tuple[Array, CacheLayer]]
 
 _CACHED = ("cache_batch", "seq", "kv_heads", "head_dim")
 
@@ -80,29 +85,44 @@ def fresh_attend(
     return attend
 
 
-def token_attend(positions: Int[Array, "..."], place: Place = anywhere) -> Attend:
+def token_attend(
+    positions: Int[Array, "..."],
+    place: Place = anywhere,
+    attention: TokenAttention | None = None,
+) -> Attend:
     """Returns attention of one token a sequence, which it appends to the cache.
 
     Args:
       positions: of the token: one for all sequences, or one each, [B].
       place: pins activations.
+      attention: what writes and reads the cache; None: `write_then_attend`.
     """
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
         batch, _, heads, group, width = q.shape
         kv_heads = cache.kv.k.shape[-3]
-        cache = cache.write(_for_cache(k, v, kv_heads, place), positions, place)
         grouped = q.reshape(batch, 1, kv_heads, heads // kv_heads * group, width)
         names = ("cache_batch", "seq", "kv_heads", None, "head_dim")
-        out = decode_attention(
-            place(grouped, names),
-            cache.read(),
-            jnp.broadcast_to(positions, (batch,)),
-            place,
-        )
+        grouped, new = place(grouped, names), _for_cache(k, v, kv_heads, place)
+        step = attention or functools.partial(write_then_attend, place=place)
+        out, cache = step(grouped, new, cache, positions)
         return out.reshape(q.shape), cache
 
     return attend
+
+
+def write_then_attend(
+    q: Float[Array, "B 1 K G H"],
+    new: KV,
+    cache: CacheLayer,
+    positions: Int[Array, "..."],
+    *,
+    place: Place = anywhere,
+) -> tuple[Float[Array, "B 1 K G H"], CacheLayer]:
+    """Returns attention over the cache, in which the new token is written first."""
+    cache = cache.write(new, positions, place)
+    where = jnp.broadcast_to(positions, q.shape[:1])
+    return decode_attention(q, cache.read(), where, place), cache
 
 
 def last_position(
@@ -258,6 +278,7 @@ def decode_step(
     *,
     place: Place = anywhere,
     lookup: Lookup = whole_table,
+    attention: TokenAttention | None = None,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Runs one token of every sequence; returns the cache and the next logits.
 
@@ -269,6 +290,7 @@ def decode_step(
       positions: where they stand: one for all sequences, or one each, [B].
       place: pins activations.
       lookup: how tokens are embedded.
+      attention: of the token over the cache; see `token_attend`.
     """
     ends = bind_ends(config, params.ends)
     x = lookup(ends.embedding[...], tokens[:, None])
@@ -280,7 +302,7 @@ def decode_step(
         cache,
         x,
         angles_at(where, config),
-        token_attend(positions, place),
+        token_attend(positions, place, attention),
         place,
     )
     return cache, ends.logits(x[:, 0], place)

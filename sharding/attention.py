@@ -1,28 +1,35 @@
-"""Attention of prompts by name: how it is computed, where it can be, how it is mapped.
+"""Attention by name: how it is computed, where it can be, how it is mapped.
+
+Of prompts, and of one new token over its cache.
 
 A kernel from a library is opaque to the compiler, which can neither split it nor look
 into it: it is mapped over the mesh, so that it sees the arrays of one device.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm import token_kernel
 from jaxllm.attention import (
     PromptAttention,
     blocks_of,
     causal_attention,
     cudnn_attention,
 )
+from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
+from jaxllm.decode import TokenAttention
 from sharding.rules import AxisRules
 from sharding.target import Target
 
 Attention = Literal["blocks", "cudnn"]
+Token = Literal["einsum", "triton"]
 
 _QUERIES = ("cache_batch", "seq", "heads", None, "head_dim")
 _KEYS = ("cache_batch", "seq", "heads", "head_dim")
@@ -145,3 +152,85 @@ def prompt_attention(
         axis_names=set(inner),
         check_vma=False,
     )
+
+
+def token_refusal(
+    name: Token, config: ModelConfig, *, is_apart: bool, is_whole: bool, size: int
+) -> str | None:
+    """Returns why attention `name` of one token cannot be used, None if it can.
+
+    Args:
+      name: of the attention.
+      config: the model as computed.
+      is_apart: each layer's cache is an array of its own.
+      is_whole: a device holds all positions of the sequences and heads it holds.
+      size: elements of one layer's keys on one device.
+    """
+    rest = "Use token_attention='einsum', which has no such limit."
+    if name == "einsum":
+        return None
+    if name != "triton":
+        return f"no token attention {name!r}; there are einsum, triton. Choose one."
+    if not is_apart:
+        return (
+            "token attention 'triton' with a cache in stacks: the kernel writes to an"
+            f" array a layer and slot. Unroll layers and ticks. {rest}"
+        )
+    if not is_whole:
+        return (
+            "token attention 'triton' with positions split over devices: the kernel"
+            f" reads all positions of a sequence. Choose other rules. {rest}"
+        )
+    return token_kernel.refusal(
+        group=config.group_size, width=config.head_dim, size=size
+    )
+
+
+def token_attention(
+    name: Token,
+    rules: AxisRules,
+    axes: Sequence[str],
+    manual: Sequence[str],
+    *,
+    interpret: bool = False,
+) -> TokenAttention | None:
+    """Returns attention `name` of one token, for use in a partitioned program.
+
+    None stands for ordinary operations, which the compiler splits. A kernel is mapped
+    as in `prompt_attention`, whose arguments these are.
+
+    Args:
+      name: of the attention.
+      rules: how sequences and heads are split.
+      axes: of the mesh.
+      manual: those of `axes` that an enclosing `jax.shard_map` handles.
+      interpret: run the kernel as ordinary operations, where there is no GPU.
+    """
+    if name == "einsum":
+        return None
+    inner = tuple(axis for axis in axes if axis not in manual)
+    spec = functools.partial(rules.spec, phase="decode", keep=inner)
+    queries = spec(("cache_batch", "kv_heads", None, "head_dim"))
+    new = spec(("cache_batch", "kv_heads", "head_dim"))
+    cached: Any = KV(*[cast(Any, spec(CACHE_AXES))] * 2)
+
+    def attend(q: jax.Array, new: KV, cache: CacheLayer, positions: jax.Array):
+        keep = jnp.asarray(False if cache.keep is None else cache.keep)
+        out, kv = mapped(
+            q[:, 0],
+            new.k[:, :, 0],
+            new.v[:, :, 0],
+            cache.kv,
+            jnp.broadcast_to(positions, q.shape[:1]),
+            keep,
+        )
+        return out[:, None], dataclasses.replace(cache, kv=kv)
+
+    mapped = jax.shard_map(
+        functools.partial(token_kernel.token_attention, interpret=interpret),
+        in_specs=(queries, new, new, cached, spec(("cache_batch",)), spec(())),
+        out_specs=(queries, cached),
+        axis_names=set(inner),
+        check_vma=False,
+    )
+    return attend

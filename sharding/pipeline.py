@@ -36,6 +36,7 @@ from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.decode import (
     Lookup,
+    TokenAttention,
     fresh_attend,
     last_position,
     prompt_attend,
@@ -60,6 +61,7 @@ class Pipeline:
       ticks: of decode, and how the cache lies: see `sharding.layout.Layout`.
       place: pins activations over the axes that the compiler handles.
       attention: of a prompt over itself.
+      token_attention: of one token over the cache; see `token_attend`.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -76,6 +78,7 @@ class Pipeline:
     ticks: Ticks
     place: Place
     attention: PromptAttention
+    token_attention: TokenAttention | None
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -282,7 +285,7 @@ class Pipeline:
             [slots[slot] for slots in cache] if apart else cache,
             self.place(x[:, None], ("batch", "residual_seq", "embed")),
             angles_at(where, self.config),
-            token_attend(position, self.place),
+            token_attend(position, self.place, self.token_attention),
             self.place,
             cache_at=at,
         )

@@ -27,11 +27,18 @@ from jaxllm import decode as decode_lib
 from jaxllm.attention import PromptAttention
 from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
-from jaxllm.decode import GREEDY, Lookup, Sampling
+from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
 from jaxllm.model import Layers, Params
 from sharding import vocab
-from sharding.attention import Attention, prompt_attention, refusal
+from sharding.attention import (
+    Attention,
+    Token,
+    prompt_attention,
+    refusal,
+    token_attention,
+    token_refusal,
+)
 from sharding.layout import Layout, Named, State, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
@@ -104,6 +111,7 @@ class Program:
       layers: unrolled or scanned.
       ticks: of a decode pipeline, unrolled or scanned; see `Layout.ticks`.
       attention: how a prompt's is computed; see `sharding.attention`.
+      token_attention: how that of a decoded token is; see there.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
       with_logits: also return logits [B, V] in float32.
@@ -121,6 +129,7 @@ class Program:
     layers: Layers = "unrolled"
     ticks: Ticks = "scanned"
     attention: Attention = "blocks"
+    token_attention: Token = "einsum"
     micro_batches: int | None = None
     ragged: bool = False
     with_logits: bool = False
@@ -135,6 +144,8 @@ class Program:
                 " the layers as well, or scan the ticks."
             )
         if reason := refusal(self.attention, self.config, self.dtype):
+            raise ValueError(reason)
+        if reason := self.token_refusal(self.token_attention):
             raise ValueError(reason)
         self._check_ragged()
         asked, batch = self.micro_batches, self.layout.replica_batch
@@ -173,6 +184,21 @@ class Program:
             ticks=self.ticks,
             ragged=self.ragged,
             drawn=not self.sampling.is_greedy,
+        )
+
+    def token_refusal(self, name: Token) -> str | None:
+        """Returns why attention `name` of a token cannot be used, None if it can."""
+        layout, partition = self.layout, self.partition
+        split = partition.rules.axes_of("cache_seq", "decode")
+        layers = -(-self.config.num_layers // partition.stage)
+        bytes_each = layout.device_bytes(layout.named_state().cache) // (2 * layers)
+        return token_refusal(
+            name,
+            layout.model,
+            is_apart=self.layers == "unrolled"
+            and (partition.stage == 1 or self.ticks == "unrolled"),
+            is_whole=all(partition.axes[axis] == 1 for axis in split),
+            size=bytes_each // jnp.dtype(self.dtype).itemsize,
         )
 
     @property
@@ -377,6 +403,15 @@ class Program:
             self.attention, self.partition.rules, MESH_AXES, self._manual
         )
 
+    def _token_attention(self, platform: str) -> TokenAttention | None:
+        return token_attention(
+            self.token_attention,
+            self.partition.rules,
+            MESH_AXES,
+            self._manual,
+            interpret=platform == "cpu",
+        )
+
     def _vocabulary(self, platform: str) -> tuple[Lookup, Callable[..., Any]]:
         """Returns how tokens are embedded and how they are picked."""
         sizes, manual = self.partition.axes, self._manual
@@ -411,6 +446,7 @@ class Program:
             ticks=self.ticks,
             place=self._place(platform),
             attention=self._attention(),
+            token_attention=self._token_attention(platform),
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -420,8 +456,11 @@ class Program:
 
     def _single(self, platform: str) -> Callable[..., Any]:
         lookup, sample = self._vocabulary(platform)
-        whole = self._prefill_whole if self.phase == "prefill" else self._decode_whole
-        return functools.partial(whole, self._place(platform), lookup, sample)
+        place = self._place(platform)
+        if self.phase == "prefill":
+            return functools.partial(self._prefill_whole, place, lookup, sample)
+        attention = self._token_attention(platform)
+        return functools.partial(self._decode_whole, place, lookup, sample, attention)
 
     def _prefill_whole(
         self,
@@ -483,6 +522,7 @@ class Program:
         place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
+        attention: TokenAttention | None,
         params: Params,
         state: State,
     ) -> tuple[State, Any]:
@@ -494,6 +534,7 @@ class Program:
             state.position,
             place=place,
             lookup=lookup,
+            attention=attention,
         )
         state = state._replace(
             cache=cache,

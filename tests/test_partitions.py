@@ -13,7 +13,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jaxllm.config import PRESETS
 from jaxllm.decode import GREEDY, Sampling
 from jaxllm.model import Layers, init_params
-from sharding.attention import KERNELS, Attention, Kernel
+from sharding.attention import KERNELS, Attention, Kernel, Token
 from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
@@ -29,6 +29,7 @@ MODELS = {
         PRESETS["tiny"], num_heads=6, num_kv_heads=3, vocab_size=265
     ),
 }
+MODELS["tiny-wide"] = dataclasses.replace(PRESETS["tiny"], head_dim=16, num_layers=3)
 DRAWN = Sampling(temperature=0.8, top_k=100, top_p=0.9)
 
 
@@ -42,6 +43,7 @@ def run(
     sampling: Sampling = GREEDY,
     ticks: Ticks = "scanned",
     attention: Attention = "blocks",
+    token_attention: Token = "einsum",
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
     config, partition = MODELS[model], Partition.parse(name, rules)
@@ -58,6 +60,7 @@ def run(
             layers=layers,
             ticks=ticks,
             attention=attention,
+            token_attention=token_attention,
             ragged=ragged,
             with_logits=True,
             sampling=sampling,
@@ -219,6 +222,27 @@ def test_a_kernel_sees_the_arrays_of_one_device(
     partition, model = layout.partition, layout.model
     heads = model.num_kv_heads // partition.ways("heads")
     assert {shape[2] for shape in seen} == {heads}
+
+
+@pytest.mark.parametrize(
+    ("name", "ragged", "batch"),
+    [
+        ("tp8", False, 2),  # copies of heads
+        ("tp2_pp2", True, 4),  # idle ticks leave the cache alone
+        ("pp2", False, 1),  # one group walks through
+    ],
+)
+def test_the_kernel_of_a_token_equals_one_device(
+    name: str, ragged: bool, batch: int
+) -> None:
+    model = "tiny-wide"
+    tokens, logits, _ = run(
+        model, name, "megatron", "unrolled", ragged, batch, ticks="unrolled",
+        token_attention="triton",
+    )  # fmt: skip
+    want_tokens, want_logits, _ = one_device(model, ragged, batch)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_allclose(logits, want_logits, atol=1e-4)
 
 
 def _never(*_: object) -> None:

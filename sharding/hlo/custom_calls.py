@@ -62,7 +62,10 @@ _FACTOR = re.compile(
 _SQUARE = {"eigh": 9, "tridiagonal": 4 / 3, "eig": 25, "hessenberg": 10 / 3}
 # Operations for each element, as of a mean, a variance, a difference and a quotient.
 _PER_ELEMENT = {"__cudnn$norm": 8, "__onednn$layernorm": 8, "__onednn$softmax": 5}
-_KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton")
+_TRITON = "__gpu$xla.gpu.triton"
+_STATED = ("matmul_flops", "other_flops", "hbm_bytes")
+_METADATA = re.compile(r'serialized_metadata = "((?:[^"\\]|\\.)*)"')
+_KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", _TRITON)
 
 
 def target(instruction: Instruction) -> str:
@@ -80,6 +83,12 @@ def offloaded(instruction: Instruction) -> str | None:
     if instruction.attr("async_execution_thread") is None or len(called) != 1:
         return None
     return called[0]
+
+
+def stated_bytes(instruction: Instruction) -> int | None:
+    """Returns the HBM bytes that a kernel says it moves; None if it says nothing."""
+    stated = _stated(instruction)
+    return stated["hbm_bytes"] if stated else None
 
 
 def is_free(instruction: Instruction) -> bool:
@@ -133,6 +142,9 @@ def custom_call_flops(
         return _factorisation(match.lastgroup or "", operands), 0
     if name == "tpu_custom_call" and instruction.name.startswith("ragged-dot-metadata"):
         return sum(leaf.size for leaf in instruction.shape.leaves), 0  # indices
+    if stated := _stated(instruction):
+        products = stated["matmul_flops"]
+        return products + stated["other_flops"], products
     if name in _KERNELS:
         cost = _find(_config(instruction), "cost_estimate")
         if cost:
@@ -143,6 +155,26 @@ def custom_call_flops(
         " sharding/hlo/custom_calls.py, give the kernel a cost estimate, or name it in"
         f" `kernels`: {instruction}"
     )
+
+
+def _stated(instruction: Instruction) -> dict[str, int] | None:
+    """Returns what a Triton kernel says of itself in its metadata.
+
+    A Pallas kernel for GPUs loses its cost estimate on the way to HLO and keeps its
+    `metadata`: `matmul_flops`, `other_flops` and `hbm_bytes`, all three or none.
+    """
+    found = _METADATA.search(instruction.rest)
+    if target(instruction) != _TRITON or not found:
+        return None
+    try:
+        metadata = json.loads(re.sub(r"\\(22|5C)", _unescape, found[1]))
+        return {key: int(metadata[key]) for key in _STATED}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return chr(int(match[1], 16))
 
 
 def _factorisation(kind: str, operands: list[Shape]) -> int:

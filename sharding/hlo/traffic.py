@@ -56,8 +56,11 @@ class TrafficCounter:
         opcode = base_opcode(instruction)
         if opcode in FREE or opcode in COLLECTIVES or opcode in TRANSFERS or not opcode:
             return 0
-        if opcode == "custom-call" and custom_calls.is_free(instruction):
-            return 0
+        if opcode == "custom-call":
+            if custom_calls.is_free(instruction):
+                return 0
+            if (stated := custom_calls.stated_bytes(instruction)) is not None:
+                return stated
         demand: Demand = {}
         writes = self._result(instruction, computation, demand, outermost=True)
         total = 0

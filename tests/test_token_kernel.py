@@ -1,0 +1,126 @@
+"""The kernel of one token's attention: its answer, what it writes, what it costs."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.attention import decode_attention
+from jaxllm.cache import KV, CacheLayer
+from jaxllm.config import PRESETS
+from jaxllm.token_kernel import splits_of, token_attention
+from sharding.hlo.ledger import Ledger, read_ledger
+from sharding.partition import Partition, Workload
+from sharding.program import Program
+from sharding.target import parse_target
+
+
+def _arrays(shape: tuple[int, ...], length: int, dtype: str):
+    rng = np.random.default_rng(0)
+    batch, heads, _, width = shape
+
+    def make(*sizes: int):
+        return jnp.asarray(rng.standard_normal(sizes), dtype)
+
+    row, cache = (batch, heads, width), (batch, heads, length, width)
+    return make(*shape), make(*row), make(*row), KV(make(*cache), make(*cache))
+
+
+def _same(left: KV, right: KV) -> bool:
+    return all(
+        np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "positions", "splits"),
+    [
+        # The first, an inner and the last position; a last block that is not full.
+        ((3, 1, 4, 64), 300, [0, 130, 299], None),
+        ((2, 1, 8, 128), 256, [255, 128], 1),
+        ((1, 2, 3, 16), 384, [257], 3),  # 3 queries a head, as SmolLM2 has
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_plain_attention(
+    shape: tuple[int, ...],
+    length: int,
+    positions: list[int],
+    splits: int | None,
+    dtype: str,
+) -> None:
+    q, k, v, kv = _arrays(shape, length, dtype)
+    at = jnp.asarray(positions, jnp.int32)
+    out, new = token_attention(q, k, v, kv, at, splits=splits, interpret=True)
+    written = CacheLayer(kv=kv).write(KV(k[:, :, None], v[:, :, None]), at).kv
+    assert _same(new, written)
+    want = decode_attention(q[:, None], written, at)[:, 0]
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32),
+        np.asarray(want, np.float32),
+        atol=2e-6 if dtype == "float32" else 1e-2,
+    )
+    _, kept = token_attention(
+        q, k, v, kv, at, jnp.asarray(True), splits=splits, interpret=True
+    )
+    assert _same(kept, kv)
+
+
+def test_positions_are_split_where_heads_are_few() -> None:
+    assert splits_of(1, 8, 1152) == 9
+    assert splits_of(16, 8, 1152) == 3
+    assert splits_of(256, 8, 1152) == 1
+    assert splits_of(1, 1, 64) == 1
+
+
+def test_wrong_shapes_are_refused() -> None:
+    q, k, v, kv = _arrays((1, 1, 17, 16), 32, "float32")
+    with pytest.raises(ValueError, match="17 query heads"):
+        token_attention(q, k, v, kv, jnp.zeros(1, jnp.int32), interpret=True)
+    q, k, v, kv = _arrays((1, 1, 4, 24), 32, "float32")
+    with pytest.raises(ValueError, match="heads 24 wide"):
+        token_attention(q, k, v, kv, jnp.zeros(1, jnp.int32), interpret=True)
+
+
+def _decode(**changes) -> Program:
+    program = Program(
+        phase="decode",
+        config=dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2),
+        partition=Partition.parse("tp2"),
+        workload=Workload(batch_size=16, input_len=1000, output_len=128),
+        token_attention="triton",
+    )
+    return dataclasses.replace(program, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers": "scanned"}, "cache in stacks"),
+        ({"partition": Partition.parse("tp2", "kv_seq")}, "positions split"),
+        ({"token_attention": "other"}, "no token attention 'other'"),
+    ],
+)
+def test_programs_that_it_does_not_suit(changes: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        _decode(**changes)
+
+
+def _products(ledger: Ledger) -> int:
+    return sum(cost.count * cost.matmul_flops for cost in ledger.costs)
+
+
+def test_the_ledger_knows_it_and_the_cache_is_updated_in_place() -> None:
+    kernel, plain = (
+        _decode(token_attention=name).compile(parse_target("h100:2"))
+        for name in ("triton", "einsum")
+    )
+    axes = Partition.parse("tp2").axes
+    ledger, other = read_ledger(kernel.text, axes), read_ledger(plain.text, axes)
+    assert kernel.text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2 * 2
+    assert _products(ledger) == _products(other)
+    assert ledger.hbm_bytes == pytest.approx(other.hbm_bytes, rel=0.01)
+    assert kernel.alias_bytes == plain.alias_bytes
+    assert kernel.memory.activations_bytes < 0.1 * kernel.memory.kv_bytes
