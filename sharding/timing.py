@@ -214,7 +214,7 @@ def measure(
       repeats: runs that count.
     """
     warmup: list[float] = []
-    while len(warmup) < MIN_WARMUP or not _settled(warmup):
+    while len(warmup) < MIN_WARMUP or not settled(warmup):
         if len(warmup) == MAX_WARMUP:
             break
         warmup.append(generate(min(calls, WARMUP_CALLS)).e2e_s)
@@ -225,12 +225,13 @@ def measure(
         warmup_samples_s=tuple(warmup),
         ttft_samples_s=tuple(run.ttft_s for run in runs),
         e2e_samples_s=tuple(run.e2e_s for run in runs),
-        steady=_settled(warmup),
+        steady=settled(warmup),
         same_tokens=all(np.array_equal(r.tokens, runs[0].tokens) for r in runs),
     )
 
 
-def _settled(samples: Sequence[float]) -> bool:
+def settled(samples: Sequence[float]) -> bool:
+    """Returns whether the last two runs took equally long; see `STEADY`."""
     before, last = samples[-2:]
     return abs(last - before) <= STEADY * min(last, before)
 
