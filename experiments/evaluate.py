@@ -176,7 +176,25 @@ class PhaseAnswer:
     parts: TimeParts | None = None
 
 
-def evaluate(point: Point) -> Record:
+class Compiler:
+    """How a point becomes compiled programs; another one may keep or share them."""
+
+    def target(self, point: Point) -> Target:
+        """Returns what `point` is compiled for, with the chip that prices it."""
+        return parse_target(point.target, point.context.get("priced_as"))
+
+    def choose(self, program: Program, target: Target, layers: str) -> Program:
+        """Returns `program` as it is written for `target`."""
+        return choices.choose(program, target, layers=layers)
+
+    def compile(self, program: Program, target: Target) -> CompiledProgram:
+        return program.compile(target)
+
+
+COMPILER = Compiler()
+
+
+def evaluate(point: Point, compiler: Compiler = COMPILER) -> Record:
     """Returns the record of `point`.
 
     Raises:
@@ -184,13 +202,15 @@ def evaluate(point: Point) -> Record:
     """
     answers: list[PhaseAnswer] = []
     for phase in PHASES:
-        answers.append(evaluate_phase(point, phase))
+        answers.append(evaluate_phase(point, phase, compiler))
         if answers[-1].parts is None:
             break
     return join(point, answers)
 
 
-def programs(point: Point, target: Target) -> dict[Phase, Program]:
+def programs(
+    point: Point, target: Target, compiler: Compiler = COMPILER
+) -> dict[Phase, Program]:
     """Returns both phases of `point`, as best written for `target`.
 
     Raises:
@@ -222,21 +242,23 @@ def programs(point: Point, target: Target) -> dict[Phase, Program]:
         for phase in PHASES
     }
     return {
-        phase: choices.choose(program, target, layers=point.layers)
+        phase: compiler.choose(program, target, point.layers)
         for phase, program in written.items()
     }
 
 
-def evaluate_phase(point: Point, phase: Phase) -> PhaseAnswer:
+def evaluate_phase(
+    point: Point, phase: Phase, compiler: Compiler = COMPILER
+) -> PhaseAnswer:
     """Returns what becomes of `phase` of `point`, compiled if its arrays fit.
 
     Raises:
       ValueError: the compiled program holds something that cannot be counted.
     """
-    target = parse_target(point.target, point.context.get("priced_as"))
+    target = compiler.target(point)
     answer = functools.partial(PhaseAnswer, phase=phase)
     try:
-        written = programs(point, target)
+        written = programs(point, target, compiler)
     except ValueError as error:
         return answer(status="refused", reason=str(error))
     layout = written["decode"].layout
@@ -259,7 +281,7 @@ def evaluate_phase(point: Point, phase: Phase) -> PhaseAnswer:
     )
     program = written[phase]
     try:
-        compiled = program.compile(target)
+        compiled = compiler.compile(program, target)
     except jax.errors.JaxRuntimeError as error:
         exceeded = too_large(str(error))
         if exceeded is None:

@@ -73,6 +73,9 @@ _NEW_IN_JAX_0_11 = re.compile(
 )
 
 
+_MEMORY = re.compile(r"device_memory_size: \d+")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """Devices to compile for, and the chip that prices what was compiled.
@@ -181,20 +184,22 @@ def prepare_environment(names: Sequence[str]) -> None:
 
 
 @functools.cache
-def parse_target(name: str, chip: str | None = None) -> Target:
+def parse_target(name: str, chip: str | Chip | None = None) -> Target:
     """Returns the target called `name`.
 
     The same name gives the same devices, so programs of one target can share arrays.
 
     Args:
       name: one of the forms at the top of this file.
-      chip: price what is compiled as this chip instead of the target's own.
+      chip: price what is compiled as this chip instead of the target's own. A
+        described GPU then has this chip's memory: XLA:GPU computes things twice in a
+        program that does not fit, which would be priced too.
 
     Raises:
       ValueError: no such target, or a compiler refuses its shape.
       ModuleNotFoundError: the compiler for it is not installed.
     """
-    priced = chips.find_chip(chip) if chip is not None else None
+    priced = chips.find_chip(chip) if isinstance(chip, str) else chip
     if name == "attached":
         return _attached(priced)
     kind = name.partition(":")[0]
@@ -205,7 +210,8 @@ def parse_target(name: str, chip: str | None = None) -> Target:
     if kind == "cpu":
         platform, devices = "cpu", _virtual_cpus(name, sizes)
     elif kind in GPUS:
-        platform, devices = "cuda", _described_gpus(name, kind, sizes)
+        memory_bytes = (priced or CHIPS[kind]).hbm_bytes
+        platform, devices = "cuda", _described_gpus(name, kind, sizes, memory_bytes)
     else:
         platform, devices = "tpu", _described_tpus(name, kind, sizes)
     return Target(
@@ -291,7 +297,9 @@ def _virtual_cpus(name: str, sizes: tuple[int, ...]) -> list[jax.Device]:
     return devices[: sizes[0]]
 
 
-def _described_gpus(name: str, kind: str, sizes: tuple[int, ...]) -> list[jax.Device]:
+def _described_gpus(
+    name: str, kind: str, sizes: tuple[int, ...], memory_bytes: int
+) -> list[jax.Device]:
     if sizes[0] > MAX_GPUS:
         raise ValueError(
             f"target {name!r} has {sizes[0]} GPUs; one host has {MAX_GPUS}. Links"
@@ -302,6 +310,7 @@ def _described_gpus(name: str, kind: str, sizes: tuple[int, ...]) -> list[jax.De
     if not any(_installed(plugin) for plugin in plugins):
         raise ModuleNotFoundError(_missing(name, "NVIDIA GPUs (no CUDA)", "gpu-aot"))
     config = (_CONFIGS / f"{kind}.pbtxt").read_text(encoding="utf-8")
+    config = _MEMORY.sub(f"device_memory_size: {memory_bytes}", config)
     if jax.__version_info__ < (0, 11):
         config = _NEW_IN_JAX_0_11.sub("", config)
     return topologies.get_topology_desc(
