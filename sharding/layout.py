@@ -26,6 +26,8 @@ from sharding.rules import MESH_AXES
 Names = tuple[str | None, ...]
 Ticks = Literal["unrolled", "scanned"]
 
+_ALIGNED = 128  # positions; XLA:GPU splits a sum in up to 16 pieces of multiples of 8
+
 
 class State(NamedTuple):
     """What decode carries from token to token; donated, updated in place.
@@ -100,10 +102,17 @@ class Layout:
 
     @property
     def cache_len(self) -> int:
-        """S, positions of the cache: prompt and output, rounded up to equal pieces."""
+        """S, positions of the cache: prompt and output, rounded up to equal pieces.
+
+        Pieces are a multiple of a power of two, up to 128 and to a sixteenth of them:
+        else XLA:GPU fills the keys or values up to equal, aligned parts of a split
+        sum, which copies half of the cache for every token.
+        """
         ways = self.partition.ways("cache_seq")
         total = self.workload.input_len + self.workload.output_len
-        return math.ceil(total / ways) * ways
+        power = 2 ** max(0, (total // (16 * ways)).bit_length() - 1)
+        multiple = ways * min(_ALIGNED, power)
+        return math.ceil(total / multiple) * multiple
 
     @property
     def replica_batch(self) -> int:
