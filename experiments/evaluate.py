@@ -144,6 +144,7 @@ def _context(
         "code": provenance.code_digest(*_CODE),
         "model": digest(repr(config)),
         "chip": digest(repr(target.chip)),
+        "rates": target.chip.rates_from,
         **provenance.versions_for(target.platform),
         **provenance.compiler_flags(),
         **{name: str(value) for name, value in target.compiler_options.items()},

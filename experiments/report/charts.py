@@ -39,8 +39,12 @@ _ROW_PX, _FRAME_PX = 26, 52
 
 def colours(questions: Sequence[Question]) -> dict[str, str]:
     """Returns a colour for each partition named in any of the questions."""
-    names = {r.partition for q in questions for r in q.records}
-    ordered = sorted(names, key=partition_order)
+    return colours_of(r.partition for q in questions for r in q.records)
+
+
+def colours_of(partitions: Iterable[str]) -> dict[str, str]:
+    """Returns a colour for each partition by name, in their order."""
+    ordered = sorted(set(partitions), key=partition_order)
     return {n: _PARTITIONS[i % len(_PARTITIONS)] for i, n in enumerate(ordered)}
 
 
@@ -109,14 +113,10 @@ def tradeoff(
         )
     figure.update_layout(
         height=440,
-        xaxis=_log_axis(
-            "tokens/s/user", [r.tokens_per_s_per_user for r in question.ok]
-        ),
-        yaxis=_log_axis(
-            "tokens/s/chip", [r.tokens_per_s_per_chip for r in question.ok]
-        ),
+        xaxis=log_axis("tokens/s/user", [r.tokens_per_s_per_user for r in question.ok]),
+        yaxis=log_axis("tokens/s/chip", [r.tokens_per_s_per_chip for r in question.ok]),
     )
-    return _finish(figure)
+    return finish(figure)
 
 
 def against_batch(
@@ -144,9 +144,9 @@ def against_batch(
         xaxis=dict(
             title="batch", type="log", tickvals=batches, ticktext=[*map(str, batches)]
         ),
-        yaxis=_log_axis(f"{name.removesuffix('_s').upper()}, ms", values),
+        yaxis=log_axis(f"{name.removesuffix('_s').upper()}, ms", values),
     )
-    return _finish(figure)
+    return finish(figure)
 
 
 def time_parts(
@@ -303,7 +303,7 @@ def _time_unit(value_s: float) -> tuple[float, str]:
     return (1.0, "s") if value_s >= 1 else (1e-3, "ms")
 
 
-def _log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     """Returns a logarithmic axis with ticks at round values."""
     known = [v for v in values if v is not None]
     # A little more than the values, for the axis reaches further.
@@ -361,10 +361,11 @@ def _bars(figure: go.Figure, rows: int, unit: str, end: float) -> dict[str, Any]
         xaxis=dict(range=[0, end], ticksuffix=f" {unit}", nticks=5, fixedrange=True),
         yaxis=dict(showgrid=False, fixedrange=True, ticks=""),
     )
-    return _finish(figure, margin=dict(l=8, r=8, t=6, b=28), hovermode="closest")
+    return finish(figure, margin=dict(l=8, r=8, t=6, b=28), hovermode="closest")
 
 
-def _finish(figure: go.Figure, **layout: Any) -> dict[str, Any]:
+def finish(figure: go.Figure, **layout: Any) -> dict[str, Any]:
+    """Returns a figure as a dictionary, in the look of every page."""
     axis: dict[str, Any] = dict(
         gridcolor=_GRID, linecolor="#bbbbbb", zeroline=False, automargin=True,
         title_font_size=13, title_standoff=10,

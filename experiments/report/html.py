@@ -20,15 +20,8 @@ def page(
     All text is escaped: by the template, and in `charts` for Plotly.
     """
     colour, time_colour = charts.colours(questions), charts.time_colours(questions)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["is_figure"] = tables.is_figure
-    return environment.get_template("template.html.j2").render(
+    return render(
+        "template.html.j2",
         title=_title(questions),
         notes=notes,
         sections=[
@@ -42,8 +35,27 @@ def page(
             words.ORIGIN[o]
             for o in sorted({r.origin for q in questions for r in q.records})
         ],
-        plotly_js=plotly.offline.get_plotlyjs(),
     )
+
+
+def render(template: str, *folders: Path, **values: Any) -> str:
+    """Returns the page that a template makes of `values`, with Plotly inside.
+
+    Args:
+      template: a file that extends `base.html.j2`.
+      folders: where it is, if not here.
+      values: what it names.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["is_figure"] = tables.is_figure
+    plotly_js = plotly.offline.get_plotlyjs()
+    return environment.get_template(template).render(**values, plotly_js=plotly_js)
 
 
 def _title(questions: Sequence[Question]) -> str:
