@@ -186,12 +186,15 @@ def header_line(header: Header) -> str:
     return json.dumps({"schema": SCHEMA, **dataclasses.asdict(header)})
 
 
+_ALWAYS = ("name", "at", "links", "slots", "steady")
+
+
 def sample_line(sample: Sample) -> str:
     """Returns the line of one sample, times to 6 digits."""
     fields = {
         name: value
         for name, value in dataclasses.asdict(sample).items()
-        if value or name == "steady"
+        if value or name in _ALWAYS
     }
     for name in ("call_samples_s", "warmup_samples_s"):
         if name in fields:
@@ -215,7 +218,7 @@ def read_calibration(path: pathlib.Path | str) -> Calibration:
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            found.append(_sample(fields) if found else _header(fields))
+            found.append(parse_sample(fields) if found else parse_header(fields))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(_unreadable(path, number, str(error))) from error
     header, *samples = found
@@ -235,14 +238,26 @@ def _unreadable(path: pathlib.Path, number: int, why: str) -> str:
     )
 
 
-def _header(fields: dict[str, Any]) -> Header:
+def parse_header(fields: dict[str, Any]) -> Header:
+    """Returns the header in the first line of a file.
+
+    Raises:
+      ValueError: it is of another schema.
+    """
+    fields = dict(fields)
     schema = fields.pop("schema", None)
     if schema != SCHEMA:
         raise ValueError(f"its schema is {schema!r}")
     return Header(**{**fields, "devices": tuple(fields["devices"])})
 
 
-def _sample(fields: dict[str, Any]) -> Sample:
+def parse_sample(fields: dict[str, Any]) -> Sample:
+    """Returns the sample in another line of a file.
+
+    Raises:
+      ValueError: its benchmark is not known, or its times are none.
+    """
+    fields = dict(fields)
     for name in ("call_samples_s", "warmup_samples_s"):
         fields[name] = tuple(map(float, fields.get(name, ())))
     kernels = fields.get("kernels", {})

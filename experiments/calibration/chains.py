@@ -1,0 +1,363 @@
+"""The programs of a calibration: chains of equal links that no compiler can shorten.
+
+Each link waits for the one before, as kernels of a decode step do, and the whole chain
+is one program, unrolled. What ties links together costs next to nothing: a link's
+result goes into one element of the next one's input (`_tie`), in place. Operands are
+different arrays, of which there are enough that none is still in a cache when its turn
+comes again. The state is donated, so calls are a chain too.
+
+What was compiled is counted (`links_found`) and compared with what was asked for: a
+chain that a compiler did shorten is not timed.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.calibration.points import COLD_BYTES, Point
+from jaxllm.attention import decode_attention
+from jaxllm.cache import KV
+from sharding.hlo.ledger import Ledger
+
+DTYPES = {
+    "bf16": jnp.bfloat16,
+    "fp32": jnp.float32,
+    "fp8": jnp.float8_e4m3fn,
+    "int8": jnp.int8,
+}
+# XLA:GPU reduces small arrays with a kernel of its own unless it is told not to.
+_NCCL = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+_FAINT = 0.999  # a factor that leaves values where they are
+
+Step = Callable[[Any, Any], Any]
+Array = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """One program to compile and call.
+
+    Attributes:
+      state: shapes and dtypes of what a call takes, donated, and returns.
+      operands: of one link, in a list of `distinct`.
+      distinct: operands that differ.
+      link: (state, operand of this link) -> state.
+      links: of a call.
+      looped: a loop instead of unrolled links. XLA:CPU makes one kernel of links that
+        have no operands, whatever stands between them, unless they are in a loop.
+      per_link: what a ledger must find at least for each: any of `flops`,
+        `hbm_bytes`, `collectives`.
+      devices: it runs on; above one, a mesh of them.
+      group: devices in one collective.
+      slots: kernels of a link, where the compiled text does not tell.
+      options: of the compiler.
+    """
+
+    state: Any
+    operands: Any = ()
+    distinct: int = 0
+    link: Step
+    links: int = 0
+    looped: bool = False
+    per_link: Mapping[str, float]
+    devices: int = 1
+    group: int = 1
+    slots: int = 1
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def mesh(self, devices: Sequence[Any]) -> Mesh:
+        """Returns devices as groups."""
+        shape = (self.devices // self.group, self.group)
+        used = np.array(devices[: self.devices], dtype=object).reshape(shape)
+        return Mesh(used, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
+
+    def abstract(self, mesh: Mesh) -> tuple[Any, list[Any]]:
+        """Returns the arguments of `program`, placed; each device holds one such."""
+        spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+        def place(leaf: Array) -> Array:
+            first, *rest = leaf.shape
+            return Array((first * self.devices, *rest), leaf.dtype, sharding=spread)
+
+        state, operand = jax.tree.map(place, (self.state, self.operands))
+        return state, [operand] * self.distinct
+
+    def program(self, mesh: Mesh) -> Callable[[Any, list[Any]], Any]:
+        """Returns the chain as a function of state and operands."""
+
+        def run(state: Any, operands: list[Any]) -> Any:
+            if self.looped:
+                again = lambda _, x: self.link(x, ())
+                return lax.fori_loop(0, self.links, again, state)
+            for i in range(self.links):
+                operand = operands[i % len(operands)] if operands else ()
+                state = self.link(state, operand)
+            return state
+
+        if self.devices == 1:
+            return run
+        spread = PartitionSpec(mesh.axis_names)
+        return jax.shard_map(
+            run, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False
+        )
+
+
+def chain(point: Point, platform: str) -> Chain:
+    """Returns the program of a point.
+
+    Raises:
+      ValueError: no such benchmark, kind of collective or implementation.
+    """
+    makers = {
+        "kernel": _kernel, "call": _call, "copy": _copy, "read": _read,
+        "vector": _vector, "matmul": _matmul, "scores": _scores,
+        "attention": _attention, "collective": _collective, "together": _collective,
+    }  # fmt: skip
+    made = makers[point.name](point, platform)
+    looped = platform == "cpu" and point.name in ("kernel", "copy", "vector")
+    return dataclasses.replace(made, links=point.links, looped=looped)
+
+
+def links_found(ledger: Ledger, wanted: Chain) -> dict[str, float]:
+    """Returns how many links a compiled program has at most, by each of `per_link`."""
+    found = {
+        "flops": ledger.flops,
+        "hbm_bytes": ledger.hbm_bytes,
+        "collectives": sum(row.count for row in ledger.collectives),
+    }
+    return {name: found[name] / each for name, each in wanted.per_link.items()}
+
+
+def slots_found(ledger: Ledger, wanted: Chain) -> int:
+    """Returns the kernels of a link of a compiled program, collectives left out."""
+    if wanted.looped:
+        return wanted.slots
+    kernels = sum(cost.count for cost in ledger.costs if cost.hbm_bytes or cost.flops)
+    return round(kernels / wanted.links)
+
+
+def _tie(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns `x` with one element of `y` in it: the next link waits for this one."""
+    first = lax.slice(y, [n - 1 for n in y.shape], y.shape)
+    first = first.reshape((1,) * x.ndim)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        first = first & 63
+    return lax.dynamic_update_slice(x, first.astype(x.dtype), (0,) * x.ndim)
+
+
+def _distinct(num_bytes: float, links: int) -> int:
+    """Returns how many operands of a size are more than a cache, two at least."""
+    return min(max(math.ceil(COLD_BYTES / num_bytes), 2), links)
+
+
+def _faint(x: jax.Array) -> jax.Array:
+    return lax.optimization_barrier(x * _FAINT + 1)
+
+
+def _kernel(point: Point, platform: str) -> Chain:
+    return Chain(
+        state=Array((256,), jnp.float32),
+        link=lambda x, _: _faint(x),
+        per_link={"hbm_bytes": 2 * 4 * 256},
+        devices=int(point.at["devices"]),
+    )
+
+
+def _call(point: Point, platform: str) -> Chain:
+    return Chain(
+        state=Array((256,), jnp.float32),
+        operands=Array((256,), jnp.float32),
+        distinct=int(point.at["arguments"]),
+        link=lambda x, w: x * _FAINT + w,
+        per_link={},
+        devices=int(point.at["devices"]),
+    )
+
+
+def _copy(point: Point, platform: str) -> Chain:
+    size = int(point.at["bytes"])
+    return Chain(
+        state=Array((size // 8,), jnp.float32),
+        link=lambda x, _: _faint(x),
+        per_link={"hbm_bytes": size},
+    )
+
+
+def _read(point: Point, platform: str) -> Chain:
+    """Rows are summed by one kernel; the maximum cannot be moved out of the sum."""
+    size = int(point.at["bytes"])
+    dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
+    elements = size // jnp.dtype(dtype).itemsize
+    columns = min(4096, max(elements // 128, 1))
+    rows = elements // columns
+
+    def link(x: jax.Array, w: jax.Array) -> jax.Array:
+        above = jnp.maximum(w.astype(jnp.float32), x[:, None])
+        return lax.optimization_barrier(jnp.sum(above, axis=1) / columns)
+
+    return Chain(
+        state=Array((rows,), jnp.float32),
+        operands=Array((rows, columns), dtype),
+        distinct=_distinct(size, point.links),
+        link=link,
+        per_link={"hbm_bytes": size},
+    )
+
+
+_VECTOR_STEPS = 256  # of 2 FLOPs on each element
+
+
+def _vector(point: Point, platform: str) -> Chain:
+    flops = int(point.at["flops"])
+
+    def link(x: jax.Array, _: Any) -> jax.Array:
+        for _step in range(_VECTOR_STEPS):
+            x = x * _FAINT + 1
+        return lax.optimization_barrier(x)
+
+    return Chain(
+        state=Array((flops // (2 * _VECTOR_STEPS),), jnp.float32),
+        link=link,
+        per_link={"flops": flops},
+    )
+
+
+def _matmul(point: Point, platform: str) -> Chain:
+    m, k, n = (int(point.at[name]) for name in "mkn")
+    dtype, stored = DTYPES[str(point.at["dtype"])], DTYPES[str(point.at["weights"])]
+    out = {jnp.int8: jnp.int32, jnp.float8_e4m3fn: jnp.bfloat16}.get(dtype, dtype)
+
+    def link(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = lax.dot(x, w.astype(dtype), preferred_element_type=out)
+        return _tie(x, y)
+
+    weight_bytes = k * n * jnp.dtype(stored).itemsize
+    return Chain(
+        state=Array((m, k), dtype),
+        operands=Array((k, n), stored),
+        distinct=_distinct(weight_bytes, point.links),
+        link=link,
+        per_link={"flops": 2 * m * n * k},
+        slots=2,
+    )
+
+
+def _scores(point: Point, platform: str) -> Chain:
+    b, m, k, n = (int(point.at[name]) for name in ("batch", "m", "k", "n"))
+
+    def link(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = jnp.einsum("bmk,bnk->bmn", x, w, preferred_element_type=jnp.float32)
+        return _tie(x, y)
+
+    return Chain(
+        state=Array((b, m, k), jnp.bfloat16),
+        operands=Array((b, n, k), jnp.bfloat16),
+        distinct=_distinct(2 * b * n * k, point.links),
+        link=link,
+        per_link={"flops": 2 * b * m * n * k},
+        slots=2,
+    )
+
+
+def _attention(point: Point, platform: str) -> Chain:
+    """The output of one is the queries of the next: nothing has to tie them."""
+    b, t, s, n, k, h = (int(point.at[name]) for name in "BTSNKH")
+    by = str(point.at["implementation"])
+    dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
+    cache_bytes = 2 * b * s * k * h * jnp.dtype(dtype).itemsize
+    common: dict[str, Any] = dict(
+        per_link={"flops": 4 * b * n * h * t * s},
+        distinct=_distinct(cache_bytes, point.links) if t == 1 else 1,
+    )
+    cache = KV(*[Array((b, k, s, h), dtype)] * 2)
+    if by == "triton":
+        from jaxllm import token_kernel
+
+        def attend(state: Any, new: KV) -> Any:
+            # It writes into the cache, which is therefore state; each link takes the
+            # one that has waited longest.
+            q, (kv, *others) = state
+            at = jnp.full((b,), s - 1, jnp.int32)
+            out, kv = token_kernel.token_attention(q, *new, kv, at)
+            return out, [*others, kv]
+
+        state = Array((b, k, n // k, h), dtype), [cache] * common["distinct"]
+        new = KV(*[Array((b, k, h), dtype)] * 2)
+        common["distinct"] = 1
+        return Chain(state=state, operands=new, link=attend, **common)
+    if by == "einsum":
+
+        def attend_plainly(q: jax.Array, kv: Any) -> jax.Array:
+            at = jnp.full((b,), s - 1, jnp.int32)
+            out = decode_attention(q, kv, at)
+            return lax.optimization_barrier(out)
+
+        state = Array((b, 1, k, n // k, h), dtype)
+        return Chain(state=state, operands=cache, link=attend_plainly, **common)
+    if by not in ("cudnn", "xla"):
+        raise ValueError(f"no attention {by!r}; there are triton, einsum, cudnn, xla")
+    return Chain(
+        state=Array((b, t, n, h), dtype),
+        operands=KV(*[Array((b, s, k, h), dtype)] * 2),
+        link=functools.partial(_library_attention, by=by, causal=t > 1),
+        **common,
+    )
+
+
+def _library_attention(q: jax.Array, kv: Any, *, by: Any, causal: bool) -> jax.Array:
+    lengths = None
+    if by == "cudnn" and not causal:
+        lengths = jnp.full(q.shape[:1], kv.k.shape[1], jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, kv.k, kv.v, is_causal=causal, implementation=by,
+        query_seq_lengths=None if lengths is None else jnp.ones_like(lengths),
+        key_value_seq_lengths=lengths,
+    )  # fmt: skip
+    return lax.optimization_barrier(out)
+
+
+def _collective(point: Point, platform: str) -> Chain:
+    """Ties every collective to the next with a small kernel, or with none."""
+    kind, group = str(point.at["kind"]), int(point.at["group"])
+    dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
+    elements = int(point.at["bytes"]) // jnp.dtype(dtype).itemsize
+    if kind == "all-gather":  # its payload is the result
+        elements //= group
+    ring = [(i, (i + 1) % group) for i in range(group)]
+    kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "all-gather": lambda x: lax.all_gather(x, "group", tiled=True),
+        "reduce-scatter": lambda x: lax.psum_scatter(x, "group", tiled=True),
+        "permute": lambda x: lax.ppermute(x, "group", ring),
+    }
+    common: dict[str, Any] = dict(
+        per_link={"collectives": 1},
+        devices=int(point.at["devices"]),
+        group=group,
+        slots=1 if point.name == "collective" else 0,
+        options=_NCCL if point.at["by"] == "nccl" else {},
+    )
+    if kind == "all-reduce":
+        # It overwrites its operand, and of equal values it would be a product: one
+        # element of the result is made different on each device.
+        def reduce(state: Any, _: Any) -> Any:
+            x, factor = state
+            y = lax.psum(x, "group")
+            first = y[:1] * factor + factor
+            return lax.dynamic_update_slice(y, first, (0,)), factor
+
+        state = Array((elements,), dtype), Array((1,), dtype)
+        return Chain(state=state, link=reduce, **common)
+    send = kinds[kind]
+    return Chain(
+        state=Array((elements,), dtype),
+        link=lambda x, _: _tie(x, send(x)) if common["slots"] else send(x),
+        **common,
+    )
