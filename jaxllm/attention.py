@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV
 from jaxllm.layers import Place, anywhere
+from jaxllm.quantized import wide
 
 # Causal attention [B, T, K, G, H] of queries, keys and values of a whole prompt.
 PromptAttention = Callable[[Array, Array, Array], Array]
@@ -138,19 +139,29 @@ def decode_attention(
 
     Args:
       q: queries, grouped by the cache's key/value heads.
-      kv: the layer's keys and values, each [B, K, S, H], new token written.
+      kv: the layer's keys and values, each [B, K, S, H], new token written; stored
+        in any format.
       positions: of the new token; later cache entries are masked.
       place: pins the scores, so that a cache split over positions stays split.
     """
+    keys, key_scale = wide(kv.k, q.dtype)
+    values, value_scale = wide(kv.v, q.dtype)
     scores = jnp.einsum(
-        "BKGH,BKSH->BKGS", q[:, 0], kv.k, preferred_element_type=jnp.float32
+        "BKGH,BKSH->BKGS", q[:, 0], keys, preferred_element_type=jnp.float32
     )
     scores = place(scores, ("cache_batch", "kv_heads", None, "cache_seq"))
     scores = scores * q.shape[-1] ** -0.5
-    seen = jnp.arange(kv.k.shape[2])[None] <= positions[:, None]
+    if key_scale is not None:
+        scores = scores * key_scale[:, :, None]
+    seen = jnp.arange(keys.shape[2])[None] <= positions[:, None]
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(kv.v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if value_scale is not None:
+        weights = weights * value_scale[:, :, None]
     out = jnp.einsum(
-        "BKGS,BKSH->BKGH", weights, kv.v, preferred_element_type=jnp.float32
+        "BKGS,BKSH->BKGH",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
     )
     return out.astype(q.dtype)[:, None]

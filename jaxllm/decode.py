@@ -70,8 +70,8 @@ def fresh_attend(
 ) -> Attend:
     """Returns attention of a whole prompt, whose own keys and values it returns.
 
-    Nothing is written: the cache it gets only says how many heads are kept. For
-    callers that write to several places.
+    Nothing is written: the cache it gets only says how many heads are kept and how
+    they are stored. For callers that write to several places.
 
     Args:
       place: pins activations.
@@ -80,7 +80,7 @@ def fresh_attend(
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
         kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
-        return attention(q, k, v), CacheLayer(kv=kept)
+        return attention(q, k, v), CacheLayer(kv=cache.stored(kept))
 
     return attend
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import ModelConfig, RopeScaling
+from jaxllm.quantized import GROUP, product
 
 # Pins an activation, whose dimensions are named, to a layout; returns it.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
@@ -89,9 +90,9 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-def _columns(x: Array, weight: Array, slots: tuple[int, ...]) -> Array:
+def _columns(x: Array, weight: nnx.Param, slots: tuple[int, ...]) -> Array:
     """Returns `x` times `weight`, with the columns told apart as `slots`."""
-    out = jnp.einsum("BTD,DN->BTN", x, weight)
+    out = product(x, weight.get_value())
     # Else XLA:TPU tells the weight's columns apart too, and copies the whole weight.
     out = jax.lax.optimization_barrier(out)
     return out.reshape(*out.shape[:2], *slots)
@@ -131,7 +132,7 @@ class Attention(nnx.Module):
         Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
     ]:
         """Returns rotated queries, rotated keys and values."""
-        qkv = _columns(x, self.w_qkv[...], self.slots)
+        qkv = _columns(x, self.w_qkv, self.slots)
         qkv = place(qkv, ("cache_batch", "seq", "heads", None, "head_dim"))
         rotated = rotate(qkv[:, :, :, :-1], angles)
         return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
@@ -141,7 +142,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         heads = place(heads, ("batch", "seq", "heads", None, "head_dim"))
         flat = heads.reshape(*heads.shape[:2], -1)
-        return jnp.einsum("BTN,ND->BTD", flat, self.w_out[...])
+        return product(flat, self.w_out.get_value())
 
 
 # The most pieces into which gate and up are cut: 16 x 9 has the divisors 2, 3, 4, 6, 8,
@@ -156,6 +157,29 @@ def mlp_pieces(config: ModelConfig) -> int:
     for the Llama 3.1 models and 48 for SmolLM2-135M.
     """
     return math.gcd(config.mlp_dim, MLP_PIECES)
+
+
+def group_size(name: str, config: ModelConfig) -> int:
+    """Returns how many outputs of weight `name` share a scale, where groups do.
+
+    At most `GROUP`, and so that no group reaches from one piece of the weight that a
+    device may hold into the next: a head, a piece of gate or of up, a sixteenth of the
+    residual stream.
+
+    Example:
+      >>> from jaxllm.config import PRESETS
+      >>> names = ("w_qkv", "w_out", "w_gate_up", "w_down")
+      >>> [group_size(name, PRESETS["smollm2-135m"]) for name in names]
+      [64, 36, 32, 36]
+    """
+    stream = config.embed_dim // math.gcd(config.embed_dim, 16)
+    piece = {
+        "w_qkv": config.head_dim,
+        "w_out": stream,
+        "w_gate_up": config.mlp_dim // mlp_pieces(config),
+        "w_down": stream,
+    }[name]
+    return max(g for g in range(1, min(GROUP, piece) + 1) if piece % g == 0)
 
 
 class MLP(nnx.Module):
@@ -187,11 +211,11 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], place: Place = anywhere
     ) -> Float[Array, "B T D"]:
-        gate_up = _columns(x, self.w_gate_up[...], self.slots)
+        gate_up = _columns(x, self.w_gate_up, self.slots)
         gate_up = place(gate_up, ("batch", "seq", "mlp", None, None))
         hidden = jax.nn.silu(gate_up[:, :, :, 0]) * gate_up[:, :, :, 1]
         hidden = hidden.reshape(*hidden.shape[:2], -1)
-        return jnp.einsum("BTF,FD->BTD", hidden, self.w_down[...])
+        return product(hidden, self.w_down.get_value())
 
 
 def angles_at(

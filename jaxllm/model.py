@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.layers import MLP, Attention, Place, RMSNorm, anywhere, param
+from jaxllm.layers import MLP, Attention, Place, RMSNorm, anywhere, group_size, param
+from jaxllm.quantized import Quantized, WeightFormat, quantize
 
 Layers = Literal["unrolled", "scanned"]
 Tree = Any  # A pytree of arrays, of shapes, or of shardings.
@@ -150,10 +151,50 @@ def _bind(graph: nnx.GraphDef[Any], tree: Tree) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def param_axes(config: ModelConfig) -> Params:
-    """Returns the dimension names of every parameter, `blocks` being one block's."""
+def param_axes(config: ModelConfig, weights: WeightFormat | None = None) -> Params:
+    """Returns the dimension names of every parameter, `blocks` being one block's.
+
+    Scales have the names of their weight's dimensions, so they are split with it.
+
+    Args:
+      config: shape of the model.
+      weights: format in which matrices are stored; see `quantize_block`.
+    """
     _, _, ends, block = _definitions(config)
+
+    def one(names: tuple[str | None, ...]) -> Any:
+        if weights is None or len(names) != 2:
+            return names
+        rows, columns = names
+        if weights != "int4":
+            return Quantized(values=names, scale=(columns,))
+        return Quantized(values=(columns, rows, None), scale=(columns, rows))
+
+    block = jax.tree.map(one, block, is_leaf=lambda x: isinstance(x, tuple))
     return Params(ends=ends, blocks=block)
+
+
+def quantize_block(
+    block: Tree, config: ModelConfig, weights: WeightFormat | None
+) -> Tree:
+    """Returns a block with its matrices in the format `weights`; None leaves them.
+
+    Traceable.
+
+    Args:
+      block: its parameters in full precision.
+      config: the model it is of.
+      weights: see `jaxllm.quantized`.
+    """
+    if weights is None:
+        return block
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Any:
+        if leaf.ndim != 2:
+            return leaf
+        return quantize(leaf, weights, group_size(path[-1].key, config))
+
+    return jax.tree.map_with_path(one, block)
 
 
 def init_params(config: ModelConfig, dtype: DTypeLike, seed: int = 0) -> Params:

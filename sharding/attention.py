@@ -155,7 +155,13 @@ def prompt_attention(
 
 
 def token_refusal(
-    name: Token, config: ModelConfig, *, is_apart: bool, is_whole: bool, size: int
+    name: Token,
+    config: ModelConfig,
+    *,
+    is_apart: bool,
+    is_whole: bool,
+    is_wide: bool = True,
+    size: int,
 ) -> str | None:
     """Returns why attention `name` of one token cannot be used, None if it can.
 
@@ -164,6 +170,7 @@ def token_refusal(
       config: the model as computed.
       is_apart: each layer's cache is an array of its own.
       is_whole: a device holds all positions of the sequences and heads it holds.
+      is_wide: the cache has the dtype of activations.
       size: elements of one layer's keys on one device.
     """
     rest = "Use token_attention='einsum', which has no such limit."
@@ -180,6 +187,12 @@ def token_refusal(
         return (
             "token attention 'triton' with positions split over devices: the kernel"
             f" reads all positions of a sequence. Choose other rules. {rest}"
+        )
+    if not is_wide:
+        return (
+            "token attention 'triton' with a cache in 8 bits: the kernel reads keys and"
+            " values of the dtype of its queries. Use token_attention='einsum', or"
+            " kv=None."
         )
     return token_kernel.refusal(
         group=config.group_size, width=config.head_dim, size=size

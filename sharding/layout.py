@@ -18,7 +18,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.cache import CACHE_AXES, KV
 from jaxllm.config import ModelConfig
-from jaxllm.model import Layers, Params, Tree, init_params, param_axes, stack_blocks
+from jaxllm.model import (
+    Layers,
+    Params,
+    Tree,
+    init_params,
+    param_axes,
+    quantize_block,
+    stack_blocks,
+)
+from jaxllm.quantized import (
+    KVFormat,
+    Quantized,
+    WeightFormat,
+    check_format,
+    kv_dtype,
+)
 from sharding.computed import widen
 from sharding.partition import Partition, Workload
 from sharding.rules import MESH_AXES
@@ -72,22 +87,33 @@ class Layout:
       config: the model as published.
       partition: how it is split.
       workload: sizes the cache.
-      dtype: of parameters, activations and cache.
+      dtype: of activations, and of parameters and cache unless stored narrower.
+      weights: format of the blocks' matrices, see `jaxllm.quantized`; None: `dtype`.
+      kv: format of the cache; None: `dtype`.
       layers: whether each layer is its own arrays, or all are stacked.
       ticks: whether each slot of a stage's cache is its own arrays, which decode's
         ticks then name, or all are stacked. Layers must be unrolled to unroll ticks.
       ragged: whether every sequence has its own position.
       drawn: whether tokens are drawn, from a seed a sequence.
+
+    Raises:
+      ValueError: there is no such format.
     """
 
     config: ModelConfig
     partition: Partition
     workload: Workload
     dtype: str = "bfloat16"
+    weights: WeightFormat | None = None
+    kv: KVFormat | None = None
     layers: Layers = "unrolled"
     ticks: Ticks = "scanned"
     ragged: bool = False
     drawn: bool = False
+
+    def __post_init__(self) -> None:
+        check_format("weights", self.weights, WeightFormat)
+        check_format("a KV cache", self.kv, KVFormat)
 
     @property
     def model(self) -> ModelConfig:
@@ -135,7 +161,11 @@ class Layout:
     def named_params(self) -> Params:
         """Returns `Named` for every parameter."""
         shapes = jax.eval_shape(lambda: init_params(self.model, self.dtype))
-        axes = param_axes(self.model)
+        axes = param_axes(self.model, self.weights)
+        narrow = functools.partial(
+            quantize_block, config=self.model, weights=self.weights
+        )
+        stored = jax.eval_shape(narrow, shapes.blocks[0])
         lead_shape, lead_names = self._leading()
 
         def name(lead: bool, leaf: jax.ShapeDtypeStruct, names: Names) -> Named:
@@ -144,9 +174,7 @@ class Layout:
             return Named(lead_shape + leaf.shape, leaf.dtype, lead_names + names)
 
         ends = jax.tree.map(functools.partial(name, False), shapes.ends, axes.ends)
-        block = jax.tree.map(
-            functools.partial(name, True), shapes.blocks[0], axes.blocks
-        )
+        block = jax.tree.map(functools.partial(name, True), stored, axes.blocks)
         if self.layers == "scanned":
             return Params(ends=ends, blocks=block)
         return Params(ends=ends, blocks=(block,) * self.layers_per_stage)
@@ -169,8 +197,15 @@ class Layout:
         kv_shape = (group, self.cache_heads, self.cache_len, self.config.head_dim)
         apart = staged and self.ticks == "unrolled"
         lead, names = self._leading(() if apart else (self.groups,))
-        array = Named(lead + kv_shape, jnp.dtype(self.dtype), names + CACHE_AXES)
-        kv: Any = KV(array, array)  # type: ignore[arg-type]  # names for arrays
+        array: Any = Named(
+            lead + kv_shape, kv_dtype(self.kv, self.dtype), names + CACHE_AXES
+        )
+        if self.kv:
+            scale = Named(
+                lead + kv_shape[:-1], jnp.dtype("float32"), names + CACHE_AXES[:-1]
+            )
+            array = Quantized(values=array, scale=scale)
+        kv: Any = KV(array, array)
         kv = (kv,) * self.groups if apart else kv
         hidden = Named(
             (self.partition.stage, group, self.config.embed_dim),
@@ -214,20 +249,17 @@ class Layout:
 
         def one(n: Named) -> int:
             pieces = math.prod(self.partition.ways(x, "decode") for x in n.names if x)
-            return math.prod(n.shape) * jnp.dtype(n.dtype).itemsize // pieces
+            return math.prod(n.shape) * jax.dtypes.itemsize_bits(n.dtype) // 8 // pieces
 
         return sum(map(one, jax.tree.leaves(named, is_leaf=_is_named)))
 
     def arrange(self, params: Params) -> Params:
         """Returns unrolled parameters of the published model in this layout.
 
-        Repeats key/value heads, fills widths up, deals layers to stages and fills
-        stages up with zeros. Traceable.
+        Repeats key/value heads, fills widths up, stores matrices in their format, deals
+        layers to stages and fills stages up with zeros. Traceable.
         """
-        ends, *blocks = (
-            widen(tree, self.config, self.model)
-            for tree in (params.ends, *params.blocks)
-        )
+        ends, *blocks = map(self.store, (params.ends, *params.blocks))
         if self.partition.stage > 1:
             blocks = self._deal(blocks)
         if self.layers == "unrolled":
@@ -236,6 +268,13 @@ class Layout:
         if self.partition.stage > 1:
             stacked = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
         return Params(ends=ends, blocks=stacked)
+
+    def store(self, part: Tree) -> Tree:
+        """Returns a block, or the ends, of the published model as they are stored."""
+        part = widen(part, self.config, self.model)
+        if "embedding" in part:
+            return part
+        return quantize_block(part, self.model, self.weights)
 
     def _deal(self, blocks: list[Tree]) -> list[Tree]:
         """Returns, for each layer of a stage, the trees of all stages stacked."""

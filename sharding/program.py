@@ -30,6 +30,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
 from jaxllm.model import Layers, Params
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding import vocab
 from sharding.attention import (
     Attention,
@@ -107,7 +108,9 @@ class Program:
       config: the model as published.
       partition: how it is split.
       workload: batch and lengths.
-      dtype: of parameters, activations and cache.
+      dtype: of activations, and of parameters and cache unless stored narrower.
+      weights: format of the blocks' matrices, see `jaxllm.quantized`; None: `dtype`.
+      kv: format of the cache; None: `dtype`.
       layers: unrolled or scanned.
       ticks: of a decode pipeline, unrolled or scanned; see `Layout.ticks`.
       attention: how a prompt's is computed; see `sharding.attention`.
@@ -126,6 +129,8 @@ class Program:
     partition: Partition
     workload: Workload
     dtype: str = "bfloat16"
+    weights: WeightFormat | None = None
+    kv: KVFormat | None = None
     layers: Layers = "unrolled"
     ticks: Ticks = "scanned"
     attention: Attention = "blocks"
@@ -180,6 +185,8 @@ class Program:
             partition=self.partition,
             workload=self.workload,
             dtype=self.dtype,
+            weights=self.weights,
+            kv=self.kv,
             layers=self.layers,
             ticks=self.ticks,
             ragged=self.ragged,
@@ -198,6 +205,7 @@ class Program:
             is_apart=self.layers == "unrolled"
             and (partition.stage == 1 or self.ticks == "unrolled"),
             is_whole=all(partition.axes[axis] == 1 for axis in split),
+            is_wide=self.kv is None,
             size=bytes_each // jnp.dtype(self.dtype).itemsize,
         )
 
@@ -266,16 +274,16 @@ class Program:
         """Returns the program lowered for the devices of `mesh`."""
         arguments = self.named_arguments()
         abstract = tuple(self.layout.abstract(named, mesh) for named in arguments)
-        results = self._result_specs()
+        with jax.set_mesh(mesh):
+            return self._jitted(mesh).lower(*abstract)
+
+    def _jitted(self, mesh: Mesh) -> Any:
         shardings = jax.tree.map(
             lambda spec: jax.sharding.NamedSharding(mesh, spec),
-            results,
+            self._result_specs(),
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
-        with jax.set_mesh(mesh):
-            return jax.jit(
-                self._function(mesh), donate_argnums=1, out_shardings=shardings
-            ).lower(*abstract)
+        return jax.jit(self._function(mesh), donate_argnums=1, out_shardings=shardings)
 
     def compile(self, target: Target) -> CompiledProgram:
         """Returns the program compiled for `target`, whose devices need not exist."""
@@ -315,8 +323,24 @@ class Program:
             compile_s=compile_s,
             ticks=self.num_ticks,
             busy_ticks=self.busy_ticks,
-            executable=executable,
+            executable=self._callable(executable, mesh),
         )
+
+    def _callable(self, executable: Any, mesh: Mesh) -> Any:
+        """Returns what can be called with arrays on the devices of `mesh`.
+
+        jax before 0.11 forgets that an array of int4 is packed, and its compiled
+        programs then refuse it; a `jax.jit`, which compiles once more, does not.
+        """
+        if self.weights != "int4" or jax.__version_info__ >= (0, 11):
+            return executable
+        jitted = self._jitted(mesh)
+
+        def call(*arguments: Any) -> Any:
+            with jax.set_mesh(mesh):
+                return jitted(*arguments)
+
+        return call
 
     def _memory(self, stats: Any) -> Memory:
         layout = self.layout
