@@ -113,25 +113,24 @@ def collective_curves(calibration: Calibration, kind: str) -> Mapping[int, Curve
 
     As XLA chooses to do it, and without `collective_gap_s`.
     """
-    gap = collective_gap_s(calibration)
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for s in calibration.select("collective", kind=kind, by="xla"):
-        seconds = max(work_s(calibration, s) - gap, 0.0)
-        found[s["group"]].append((s["bytes"], seconds))
+        found[s["group"]].append((s["bytes"], work_s(calibration, s)))
     return {n: c for n, points in found.items() if (c := curve_of(points))}
 
 
 @functools.lru_cache(maxsize=64)
 def collective_gap_s(calibration: Calibration) -> float:
-    """Returns how much longer a collective takes for a kernel behind it.
+    """Returns how much longer a collective takes for several kernels behind it.
 
-    Less that kernel; the median over all collectives measured both ways.
+    Less those kernels: they are started as one graph, and a single one is not. The
+    median over all collectives measured both ways.
     """
-    apart = {_pair(s): s for s in calibration.select("collective")}
+    near = {_pair(s): s for s in calibration.select("collective")}
     found = [
-        work_s(calibration, apart[_pair(s)]) - work_s(calibration, s)
-        for s in calibration.select("together")
-        if _pair(s) in apart
+        work_s(calibration, s) - work_s(calibration, near[_pair(s)])
+        for s in calibration.select("apart")
+        if _pair(s) in near
     ]
     return max(statistics.median(found), 0.0) if found else 0.0
 

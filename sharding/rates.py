@@ -28,8 +28,8 @@ from sharding.links import links_s
 
 _ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1, "int8": 1}
 _OUTPUT_BYTES = 2  # at least, of an element of a product
-# Which attention of a prompt, and of one token, is one kernel.
-_FUSED = {"gpu": "cudnn"}
+# Which implementations are one kernel, the first that was measured is asked.
+_FUSED = {"prefill": ("cudnn", "xla"), "decode": ("triton", "cudnn")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,13 +165,15 @@ def attention_s(chip: Chip, flops: float, hbm_bytes: float, *, phase: str) -> fl
     ideal_s = roofline_s(flops, hbm_bytes)
     if chip.calibrated is None:
         return ideal_s
-    name = _FUSED.get(chip.kind, "xla")
-    found = chip.calibrated.select("attention", phase=phase, implementation=name)
-    measured = curves.curve_of(
-        (roofline_s(s["flops"], s["bytes"]), curves.work_s(chip.calibrated, s))
-        for s in found
-    )
-    return measured.at(ideal_s) if measured else ideal_s
+    for name in _FUSED[phase]:
+        found = chip.calibrated.select("attention", phase=phase, implementation=name)
+        measured = curves.curve_of(
+            (roofline_s(s["flops"], s["bytes"]), curves.work_s(chip.calibrated, s))
+            for s in found
+        )
+        if measured:
+            return measured.at(ideal_s)
+    return ideal_s
 
 
 def collective_s(
@@ -218,9 +220,10 @@ def kernel_gap_s(chip: Chip) -> float:
 
 
 def collective_gap_s(chip: Chip) -> float:
-    """Returns what a collective between kernels costs besides itself.
+    """Returns what a collective between many kernels costs besides itself.
 
-    How much longer collectives take for a kernel between each two, less that kernel.
+    How much longer collectives take for several kernels between each two than for one,
+    less these kernels: XLA:GPU starts several as one graph, which a collective ends.
     Zero where nothing was measured: the published latency has it.
     """
     return 0.0 if chip.calibrated is None else curves.collective_gap_s(chip.calibrated)

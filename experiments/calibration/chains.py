@@ -20,7 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from experiments.calibration.points import COLD_BYTES, Point
 from jaxllm.attention import decode_attention
@@ -35,6 +41,7 @@ DTYPES = {
 }
 # XLA:GPU reduces small arrays with a kernel of its own unless it is told not to.
 _NCCL = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+_BETWEEN = 8  # small kernels between two collectives; XLA makes graphs of five or more
 _FAINT = 0.999  # a factor that leaves values where they are
 
 Step = Callable[[Any, Any], Any]
@@ -82,6 +89,8 @@ class Chain:
     def abstract(self, mesh: Mesh) -> tuple[Any, list[Any]]:
         """Returns the arguments of `program`, placed; each device holds one such."""
         spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        if self.devices == 1:
+            spread = SingleDeviceSharding(mesh.devices.flat[0])
 
         def place(leaf: Array) -> Array:
             first, *rest = leaf.shape
@@ -119,7 +128,7 @@ def chain(point: Point, platform: str) -> Chain:
     makers = {
         "kernel": _kernel, "call": _call, "copy": _copy, "read": _read,
         "vector": _vector, "matmul": _matmul, "scores": _scores,
-        "attention": _attention, "collective": _collective, "together": _collective,
+        "attention": _attention, "collective": _collective, "apart": _collective,
     }  # fmt: skip
     made = makers[point.name](point, platform)
     looped = platform == "cpu" and point.name in ("kernel", "copy", "vector")
@@ -274,7 +283,7 @@ def _attention(point: Point, platform: str) -> Chain:
     dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
     cache_bytes = 2 * b * s * k * h * jnp.dtype(dtype).itemsize
     common: dict[str, Any] = dict(
-        per_link={"flops": 4 * b * n * h * t * s},
+        per_link={"flops": int(point.at["flops"])},
         distinct=_distinct(cache_bytes, point.links) if t == 1 else 1,
     )
     cache = KV(*[Array((b, k, s, h), dtype)] * 2)
@@ -325,12 +334,13 @@ def _library_attention(q: jax.Array, kv: Any, *, by: Any, causal: bool) -> jax.A
 
 
 def _collective(point: Point, platform: str) -> Chain:
-    """Ties every collective to the next with a small kernel, or with none."""
+    """Ties every collective to the next with one small kernel, or with many."""
     kind, group = str(point.at["kind"]), int(point.at["group"])
     dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
     elements = int(point.at["bytes"]) // jnp.dtype(dtype).itemsize
     if kind == "all-gather":  # its payload is the result
         elements //= group
+    between = _BETWEEN if point.name == "apart" else 0
     ring = [(i, (i + 1) % group) for i in range(group)]
     kinds: dict[str, Callable[[jax.Array], jax.Array]] = {
         "all-gather": lambda x: lax.all_gather(x, "group", tiled=True),
@@ -341,16 +351,22 @@ def _collective(point: Point, platform: str) -> Chain:
         per_link={"collectives": 1},
         devices=int(point.at["devices"]),
         group=group,
-        slots=1 if point.name == "collective" else 0,
+        slots=1 + between,
         options=_NCCL if point.at["by"] == "nccl" else {},
     )
+
+    def wait(y: jax.Array) -> jax.Array:
+        for i in range(between):
+            y = _faint(y if i else y[:256])
+        return y
+
     if kind == "all-reduce":
         # It overwrites its operand, and of equal values it would be a product: one
         # element of the result is made different on each device.
         def reduce(state: Any, _: Any) -> Any:
             x, factor = state
             y = lax.psum(x, "group")
-            first = y[:1] * factor + factor
+            first = wait(y)[:1] * factor + factor
             return lax.dynamic_update_slice(y, first, (0,)), factor
 
         state = Array((elements,), dtype), Array((1,), dtype)
@@ -358,6 +374,6 @@ def _collective(point: Point, platform: str) -> Chain:
     send = kinds[kind]
     return Chain(
         state=Array((elements,), dtype),
-        link=lambda x, _: _tie(x, send(x)) if common["slots"] else send(x),
+        link=lambda x, _: _tie(x, wait(send(x))),
         **common,
     )

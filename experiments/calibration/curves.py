@@ -115,9 +115,9 @@ def facts(chip: Chip) -> list[tuple[str, str, str]]:
         call_s = rates.call_overhead_s(chip)
         published = units.seconds(chip.published().call_overhead_s)
         add("a call besides its kernels", units.seconds(call_s), published)
-    if calibration.select("together"):
+    if calibration.select("apart"):
         gap_s = rates.collective_gap_s(chip)
-        add("a collective besides itself", units.seconds(gap_s))
+        add("a collective between graphs, besides itself", units.seconds(gap_s))
     for sample in calibration.select("call"):
         what = f"call of {sample['arguments']} arrays on {sample['devices']} devices"
         add(what, units.seconds(sample.call_s))
@@ -203,8 +203,8 @@ def charts_of(chip: Chip) -> list[Chart]:
                 )
             )
     for title, name, unit in (
-        ("Collectives, with what each costs besides itself", "collective", "µs"),
-        ("Collectives with nothing between them", "together", "µs"),
+        ("Collectives and one small kernel", "collective", "µs"),
+        ("Collectives and a graph of small kernels", "apart", "µs"),
     ):
         groups = by(calibration.select(name), "kind", "group", "by")
         lines = tuple(

@@ -212,9 +212,8 @@ def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
         for group in groups:
             for power in powers:
                 yield _collective(chip, "collective", kind, group, power, num_devices)
-            if kind == "permute":
-                for power in powers[:2]:
-                    yield _collective(chip, "together", kind, group, power, num_devices)
+            for power in powers[:5] if kind == "all-reduce" else powers[:1]:
+                yield _collective(chip, "apart", kind, group, power, num_devices)
             if kind == "all-reduce" and chip.vendor == "NVIDIA":
                 for power in (13, 16, 18, 19, 21):
                     yield _collective(
@@ -241,7 +240,7 @@ def _collective(
             "devices": devices,
         },
         links=_links(chip, work_s),
-        profile=power == 13 and name == "collective",
+        profile=power == 13,
     )  # fmt: skip
 
 

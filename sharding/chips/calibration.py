@@ -21,7 +21,7 @@ Which benchmarks there are, what one link of each is, and what `at` says of it:
                 flops, bytes, B, T, S, N, K, H
     collective  kind, group, bytes, wire,     one collective and a kernel that does next
                 by, devices                   to nothing; `by` xla's choice, or nccl
-    together    the same                      one collective
+    apart       the same                      the same with nine such kernels
 
 `bytes` are of the whole link, or a collective's payload as the ledger counts it.
 """
@@ -39,7 +39,7 @@ from typing import Any
 SCHEMA = 1
 NAMES = (
     "kernel", "call", "copy", "read", "vector", "matmul", "scores", "attention",
-    "collective", "together",
+    "collective", "apart",
 )  # fmt: skip
 
 
