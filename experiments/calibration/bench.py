@@ -227,7 +227,7 @@ def time_calls(
         wait()
         return (clock() - start) / calls
 
-    warmup = [run(1), run(1)]
+    warmup = [run(1), run(1), run(1)]
     calls = min(max(round(RUN_S / max(warmup[-1], 1e-9)), 1), _MOST_CALLS)
     warmup += [run(calls), run(calls)]
     while not timing.settled(warmup) and len(warmup) < timing.MAX_WARMUP:

@@ -1,0 +1,372 @@
+"""A calibration finds the rates that are there, and times nothing that is not."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+
+from experiments.calibration import bench, chains, curves, run
+from experiments.calibration.bench import Ask
+from experiments.calibration.points import Point, plan
+from experiments.report.workers import Event
+from sharding import rates
+from sharding.chips import CHIPS, load_calibrated
+from sharding.chips.calibration import Header, Sample
+from sharding.target import parse_target
+
+H100 = CHIPS["h100"].published()
+FULL = plan(H100, 2, "full")
+CPU = Ask(target="cpu:2", size="tiny")
+HEADER = Header(
+    chip="h100",
+    devices=("NVIDIA H100 80GB HBM3",) * 2,
+    driver="580.1",
+    versions={"jax": "0.11.2"},
+    flags={},
+    command="python -m experiments.calibrate",
+    commit="0123",
+    time="2026-11-24T10:00:00Z",
+)
+SLOTS = {"matmul": 2, "apart": 9, "call": 0}
+CALL_S, GAP_S = 12e-6, 2e-6
+
+
+@dataclasses.dataclass
+class Device:
+    """Runs calls in no time but that of its own clock.
+
+    Attributes:
+      call_s: what a call takes.
+      now_s: its clock; calls end at `done_s`.
+    """
+
+    call_s: float
+    now_s: float = 0.0
+    done_s: float = 0.0
+    calls: int = 0
+
+    def call(self) -> None:
+        self.calls += 1
+        loading = 50.0 if self.calls < 3 else 1.0
+        self.done_s = max(self.done_s, self.now_s) + loading * self.call_s
+
+    def wait(self) -> None:
+        self.now_s = self.done_s
+
+    def clock(self) -> float:
+        return self.now_s
+
+
+def _work_s(point: Point) -> float:
+    """Returns what one link takes on a device of known rates."""
+    at: dict[str, Any] = dict(point.at)
+    match point.name:
+        case "copy" | "read" | "scores":
+            return at["bytes"] / 2.5e12
+        case "vector":
+            return at["flops"] / 50e12
+        case "matmul":
+            weights = {"bf16": 2, "fp8": 1, "int8": 1, "fp32": 4}[at["weights"]]
+            item = {"bf16": 2, "fp8": 1, "int8": 1, "fp32": 4}[at["dtype"]]
+            m, n, k = at["m"], at["n"], at["k"]
+            moved = m * k * item + k * n * weights + m * n * max(item, 2)
+            peak = H100.matmul_flops_per_s(at["dtype"])
+            return 1.25 * max(2 * m * n * k / peak, moved / 3.35e12)
+        case "attention":
+            return 2 * max(at["flops"] / 989.4e12, at["bytes"] / 3.35e12)
+        case "collective" | "apart":
+            more_s = 9e-6 if point.name == "apart" else 0
+            more_s += 1e-3 if at["by"] == "nccl" else 0
+            return 5e-6 + at["wire"] / 200e9 + more_s
+    return 0.0
+
+
+def _measured(point: Point, ask: Ask) -> Sample:
+    """Stands for `bench.measure`: its timing, on a device of known rates."""
+    slots = SLOTS.get(point.name, 1)
+    device = Device(CALL_S + point.links * (slots * GAP_S + _work_s(point)))
+    runs = bench.time_calls(device.call, device.wait, clock=device.clock)
+    return Sample(
+        name=point.name,
+        at=point.at,
+        links=point.links,
+        slots=slots,
+        calls=runs.calls,
+        call_samples_s=runs.samples_s,
+        warmup_samples_s=runs.warmup_samples_s,
+        steady=runs.steady,
+    )
+
+
+class InProcess:
+    """Stands for `Workers`: no process, and dies where it is told to."""
+
+    def __init__(self, jobs: int, setup: Callable[[], object]):
+        del jobs, setup
+
+    def run(
+        self, function: Callable[[Any], Any], items: Sequence[Any]
+    ) -> Iterator[Event]:
+        for item in items:
+            try:
+                yield Event(kind="finished", item=item, value=function(item))
+            except RuntimeError as error:
+                yield Event(kind="broke", item=item, reason=f"at guard.py: {error}")
+            except ArithmeticError as error:
+                yield Event(kind="broke", item=item, reason=str(error))
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def calibrate(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    """Returns `run.calibrate` of two H100 of known rates."""
+    monkeypatch.setattr(run, "Workers", InProcess)
+    monkeypatch.setattr(bench, "read", lambda ask: (HEADER, FULL))
+    monkeypatch.setattr(bench, "measure", _measured)
+    console = Console(quiet=True)
+    return functools.partial(
+        run.calibrate, Ask(target="attached"), tmp_path, 1e9, console
+    )
+
+
+def test_known_rates_come_back(calibrate: Any) -> None:
+    outcome = calibrate()
+    assert (outcome.done, outcome.failed, outcome.left) == (len(FULL), (), 0)
+    chip = load_calibrated(outcome.path)
+    near = functools.partial(pytest.approx, rel=2e-3)  # of times of six digits
+    assert rates.kernel_gap_s(chip) == near(GAP_S)
+    assert rates.call_overhead_s(chip, devices=2) == near(CALL_S)
+    assert rates.collective_gap_s(chip) == near(9e-6)
+    assert rates.memory_s(chip, 3e8) == near(3e8 / 2.5e12)
+    assert rates.vector_s(chip, 1e9) == near(1e9 / 50e12)
+    for m in (1, 7, 300, 5000):
+        for n in (3072, 20000):
+            point = Point(
+                name="matmul",
+                at={"dtype": "bf16", "weights": "bf16", "m": m, "k": 4096, "n": n},
+                links=1,
+            )
+            found = rates.matmul_s(chip, m, n, 4096, "bf16")
+            assert found == pytest.approx(_work_s(point), rel=0.01)
+    for kind, wire in (("all-reduce", 1e6), ("all-gather", 5e5), ("permute", 1e6)):
+        found = rates.collective_s(chip, kind, 2, 1e6, wire)
+        assert found == near(5e-6 + wire / 200e9)
+    found = rates.attention_s(chip, 5e10, 3e7, phase="prefill")
+    assert found == near(2 * 5e10 / 989.4e12)
+    assert [text for _, text, _ in curves.facts(chip)][:2] == ["2.50 TB/s"] * 2
+
+
+def test_a_stopped_run_goes_on(calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def measure(point: Point, ask: Ask) -> Sample:
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(point.key)
+        return _measured(point, ask)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate()
+    monkeypatch.setattr(bench, "measure", _measured)
+    outcome = calibrate()
+    assert outcome.done == len(FULL)
+    lines = [json.loads(line) for line in outcome.path.read_text().splitlines()]
+    assert [line.get("name") for line in lines[1:6]] == [k.split()[0] for k in seen]
+    assert len(lines) == 1 + len(FULL)  # nothing twice
+
+
+def test_a_budget_leaves_the_last_points_for_next_time(calibrate: Any) -> None:
+    ticks = iter(range(10**6))
+    calibrate.keywords["clock"] = lambda: 1e8 * next(ticks)
+    outcome = calibrate()
+    assert (outcome.done, outcome.left) == (10, len(FULL) - 10)
+    found = load_calibrated(outcome.path).calibrated
+    assert found is not None
+    assert [s.key for s in found.samples] == [p.key for p in FULL[:10]]
+
+
+def test_a_process_that_dies_costs_its_point(
+    calibrate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(point: Point, ask: Ask) -> Sample:
+        if point.key == FULL[2].key:
+            raise ArithmeticError("ended by SIGABRT")
+        return _measured(point, ask)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    outcome = calibrate()
+    assert outcome.failed == ((str(FULL[2]), "ended by SIGABRT"),)
+    assert outcome.done == len(FULL) - 1
+    monkeypatch.setattr(bench, "measure", _measured)
+    assert calibrate().failed == ()  # tried again
+
+
+def test_devices_of_others_stop_it(
+    calibrate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(point: Point, ask: Ask) -> Sample:
+        raise RuntimeError("cannot time on these devices")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(ValueError, match="cannot time on these devices"):
+        calibrate()
+
+
+def test_other_conditions_are_another_file(
+    calibrate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate.keywords["clock"] = iter([0, 0, 2e9]).__next__
+    calibrate()
+    del calibrate.keywords["clock"]
+    other = dataclasses.replace(HEADER, versions={"jax": "0.12.0"}, time="later")
+    monkeypatch.setattr(bench, "read", lambda ask: (other, FULL))
+    with pytest.raises(ValueError, match=r"versions \{'jax': '0\.11\.2'\} -> .*0\.12"):
+        calibrate()
+
+
+def test_runs_wait_once_and_keep_every_sample() -> None:
+    device = Device(call_s=1e-3)
+    runs = bench.time_calls(device.call, device.wait, clock=device.clock, samples=4)
+    assert runs.calls == 15  # of 1 ms, in a run of 15 ms
+    assert runs.samples_s == pytest.approx((1e-3,) * 4)
+    assert runs.warmup_samples_s[:2] == pytest.approx((50e-3, 50e-3))
+    assert runs.steady
+
+
+def test_a_device_that_never_settles_is_said_to() -> None:
+    device = Device(call_s=1.0)
+
+    def call() -> None:
+        device.call_s *= 1.2
+        device.call()
+
+    runs = bench.time_calls(call, device.wait, clock=device.clock)
+    assert not runs.steady
+    assert len(runs.warmup_samples_s) == 10
+
+
+def test_the_plan_is_ordered_by_worth_and_nothing_is_twice() -> None:
+    names = list(dict.fromkeys(point.name for point in FULL))
+    assert names[:3] == ["kernel", "call", "matmul"]
+    assert len({point.key for point in FULL}) == len(FULL)
+    rows = {p.at["m"] for p in FULL if p.name == "matmul"}
+    assert {1, 16, 64, 256, 1024, 16384} <= rows
+    cold = [p for p in FULL if p.name == "matmul" and p.at["dtype"] == "bf16"]
+    for point in cold:
+        chain = chains.chain(point, "cuda")
+        item = {"bf16": 2, "int8": 1, "fp8": 1}[str(point.at["weights"])]
+        once = item * int(point.at["k"]) * int(point.at["n"])
+        # Four times an H100's last cache lie between two uses of the same weights.
+        assert chain.distinct * once > 190e6
+    assert max(point.links for point in FULL if point.name != "kernel") <= 96
+
+
+def test_groups_are_powers_of_two_of_the_devices() -> None:
+    groups = {
+        n: {p.at["group"] for p in plan(H100, n, "full") if p.name == "collective"}
+        for n in (1, 2, 6, 8)
+    }
+    assert groups == {1: set(), 2: {2}, 6: {2}, 8: {2, 4, 8}}
+
+
+def _one_of_each() -> list[Point]:
+    """Returns a point of every benchmark and kind, three links long."""
+    found: dict[tuple[Any, ...], Point] = {}
+    for point in FULL:
+        at = point.at
+        if at.get("implementation") == "cudnn" or point.name == "vector":
+            continue  # one needs its library to be lowered, one takes seconds to
+        kinds = (at.get(name) for name in ("kind", "by", "implementation", "dtype"))
+        key = (point.name, at.get("weights"), at.get("devices"), *kinds)
+        if at.get("m") == 64 or point.name != "matmul":
+            found.setdefault(key, dataclasses.replace(point, links=3))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("point", _one_of_each(), ids=str)
+def test_xla_gpu_leaves_every_link_in_the_chain(point: Point) -> None:
+    """Compiled for H100s that are not there, and counted."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    target = parse_target("h100:2")
+    chain = chains.chain(point, "cuda")
+    mesh = chain.mesh(target.devices)
+    jitted = jax.jit(chain.program(mesh), donate_argnums=0, keep_unused=True)
+    options = {**target.compiler_options, **chain.options}
+    text = jitted.lower(*chain.abstract(mesh)).compile(compiler_options=options)
+    slots, reason = bench.count(text.as_text() or "", chain)
+    assert reason is None
+    wanted = {"kernel": 1, "copy": 1, "matmul": 2, "collective": 1, "apart": 9}
+    assert slots == wanted.get(point.name, slots)
+    if point.at.get("kind") == "all-reduce":
+        # 8 KB: XLA's own kernel, unless told not to.
+        own = "TRITON_ONE_SHOT" in (text.as_text() or "")
+        assert own == (point.at["by"] == "xla")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        next(i for i, p in enumerate(plan(CHIPS["cpu"], 2, "tiny")) if p.name == name)
+        for name in ("kernel", "call", "read", "matmul", "collective", "attention")
+    ],
+)
+def test_attached_devices_are_timed(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "RUN_S", 1e-3)
+    _, points = bench.read(CPU)
+    sample = bench.measure(points[index], CPU)
+    assert sample.reason is None
+    assert sample.key == points[index].key
+    assert len(sample.call_samples_s) == bench.SAMPLES
+    assert min(sample.call_samples_s) > 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}Z", sample.time)
+
+
+def test_a_chain_that_was_shortened_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a loop XLA:CPU makes one kernel of elementwise links."""
+    made = chains.chain
+
+    def unlooped(point: Point, platform: str) -> chains.Chain:
+        return dataclasses.replace(made(point, platform), looped=False)
+
+    monkeypatch.setattr(chains, "chain", unlooped)
+    point = Point(name="copy", at={"bytes": 4096}, links=8)
+    sample = bench.measure(point, CPU)
+    assert sample.call_samples_s == ()
+    assert sample.reason == "compiled to fewer than 8 links: 1 by its hbm_bytes"
+
+
+def test_what_goes_wrong_is_the_reason_of_its_point() -> None:
+    point = Point(name="attention", at={"implementation": "magic"}, links=1)
+    assert "KeyError: 'B'" in str(bench.measure(point, CPU).reason)
+
+
+def test_described_devices_are_refused() -> None:
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    with pytest.raises(ValueError, match=r"cannot calibrate target 'h100:2'"):
+        bench.read(Ask(target="h100:2"))
+
+
+def test_the_page_shows_every_curve(calibrate: Any) -> None:
+    chip = load_calibrated(calibrate().path)
+    titles = [chart.title for chart in curves.charts_of(chip)]
+    assert titles[:2] == ["Memory", "Products in bf16: weights read"]
+    assert "Attention of one token" in titles
+    page = curves.page(chip)
+    assert "measured on 2 x NVIDIA H100 80GB HBM3" in page
+    assert page.count('class="chart"') == len(titles)
