@@ -31,7 +31,7 @@ from experiments.report.store import FILE_NAME, Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
 from experiments.timed import How
-from sharding import guard
+from sharding import choices, guard
 from sharding.tensor import RULES
 
 _MODEL = flags.DEFINE_string(
@@ -60,6 +60,9 @@ _IF_BUSY = flags.DEFINE_enum(
 )
 _PROFILE = flags.DEFINE_string(
     "profile", None, "Folder for a JAX profile of each point."
+)
+_CHOICES = flags.DEFINE_list(
+    "choices", "", "Write programs so, as residual=plain,xla_gpu_autotune_level=4."
 )
 _OUT = flags.DEFINE_string("out", "runs/measured", "Folder of results and reports.")
 _WIDTH = 118  # of tables, where there is no terminal to ask
@@ -96,8 +99,9 @@ def _how() -> How:
     """Returns how to time.
 
     Raises:
-      ValueError: another process uses the GPUs.
+      ValueError: another process uses the GPUs, or a choice is not known.
     """
+    changes = choices.read_changes(_CHOICES.value)
     if _TARGET.value == "attached":
         found = guard.before_start()
         if _IF_BUSY.value == "refuse":
@@ -109,6 +113,7 @@ def _how() -> How:
         refuse=_IF_BUSY.value == "refuse",
         warnings=tuple(found),
         profile=_PROFILE.value,
+        changes=tuple(changes.items()),
     )
 
 

@@ -51,12 +51,14 @@ class How:
       refuse: do not time on devices that another process uses.
       warnings: found before this process used a device.
       profile: folder for a JAX profile of each point, or None.
+      changes: to how programs are written; see `sharding.choices.read_changes`.
     """
 
     repeats: int
     refuse: bool = True
     warnings: tuple[str, ...] = ()
     profile: str | None = None
+    changes: tuple[tuple[str, str], ...] = ()
 
 
 def prepare(target: str) -> None:
@@ -87,6 +89,7 @@ def plan(ask: Ask, how: How) -> tuple[list[Point], list[str]]:
         "devices": target.devices[0].device_kind,
         "repeats": str(how.repeats),
         **({"driver": gpus[0].driver} if gpus else {}),
+        **{f"choice {name}": value for name, value in how.changes},
     }
     points.sort(key=lambda p: (partition_order(p.partition), p.rules, p.batch_size))
     return [
@@ -125,9 +128,15 @@ def measure(point: Point, how: How) -> Record:
             )
             for phase in _PHASES
         )
+        prefill, decode = choices.choose_both(
+            prefill,
+            decode,
+            target,
+            layers=point.layers,
+            changes=dict(how.changes),
+        )
     except ValueError as error:
         return record(status="refused", reason=str(error))
-    prefill, decode = choices.choose_both(prefill, decode, target, layers=point.layers)
     memory: dict[str, Any] = dict(
         available_bytes=timing.allocated_bytes(target.devices, "bytes_limit")
         or int(target.chip.per_device().hbm_bytes)

@@ -137,12 +137,12 @@ class Attention(nnx.Module):
         rotated = rotate(qkv[:, :, :, :-1], angles)
         return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
 
-    def project_out(
+    def flatten(
         self, heads: Float[Array, "B T K G H"], place: Place = anywhere
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T N"]:
+        """Returns what `w_out` is multiplied with."""
         heads = place(heads, ("batch", "seq", "heads", None, "head_dim"))
-        flat = heads.reshape(*heads.shape[:2], -1)
-        return product(flat, self.w_out.get_value())
+        return heads.reshape(*heads.shape[:2], -1)
 
 
 # The most pieces into which gate and up are cut: 16 x 9 has the divisors 2, 3, 4, 6, 8,
@@ -208,14 +208,14 @@ class MLP(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(
+    def hidden(
         self, x: Float[Array, "B T D"], place: Place = anywhere
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T F"]:
+        """Returns what `w_down` is multiplied with."""
         gate_up = _columns(x, self.w_gate_up, self.slots)
         gate_up = place(gate_up, ("batch", "seq", "mlp", None, None))
         hidden = jax.nn.silu(gate_up[:, :, :, 0]) * gate_up[:, :, :, 1]
-        hidden = hidden.reshape(*hidden.shape[:2], -1)
-        return product(hidden, self.w_down.get_value())
+        return hidden.reshape(*hidden.shape[:2], -1)
 
 
 def angles_at(

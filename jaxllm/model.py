@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import MLP, Attention, Place, RMSNorm, anywhere, group_size, param
-from jaxllm.quantized import Quantized, WeightFormat, quantize
+from jaxllm.quantized import Quantized, WeightFormat, product, quantize
 
 Layers = Literal["unrolled", "scanned"]
 Tree = Any  # A pytree of arrays, of shapes, or of shardings.
@@ -29,6 +29,10 @@ Part = int | Literal["ends"]  # A decoder block, or what stands around all of th
 
 # Attention of new queries, keys and values with a layer's cache, which it updates.
 Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]
+
+# Adds to a residual stream the product of an activation, whose last dimension has the
+# given name, with a weight; returns the stream and, of a scale, its norm.
+Join = Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]]
 
 
 class Block(nnx.Module):
@@ -47,18 +51,47 @@ class Block(nnx.Module):
         cache: CacheLayer,
         attend: Attend,
         place: Place = anywhere,
-    ) -> tuple[Float[Array, "B T D"], CacheLayer]:
+        join: Join | None = None,
+        *,
+        normed: Float[Array, "B T D"] | None = None,
+        then: Float[Array, " D"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], CacheLayer, Float[Array, "B T D"] | None]:
+        """Returns the residual stream, the cache and, with `then`, the stream's norm.
+
+        Args:
+          x: residual stream.
+          angles: rotary angles of its positions.
+          cache: of this layer.
+          attend: what attention does.
+          place: pins activations.
+          join: what adds to the residual stream; None: ordinary operations.
+          normed: `x` after this block's first norm, where `join` has made it.
+          then: scale of the norm that follows this block, for `join` to make it.
+        """
         with jax.named_scope("attention"):
-            inner = place(self.attention_norm(x), ("batch", "seq", "embed"))
+            inner = self.attention_norm(x) if normed is None else normed
+            inner = place(inner, ("batch", "seq", "embed"))
             q, k, v = self.attention.project_in(inner, angles, place)
             heads, cache = attend(q, k, v, cache)
-            out = self.attention.project_out(heads, place)
-            x = x + place(out, ("batch", "residual_seq", "embed"))
+            flat = self.attention.flatten(heads, place)
+            weight = self.attention.w_out.get_value()
+            if join is None:
+                out = product(flat, weight)
+                x = x + place(out, ("batch", "residual_seq", "embed"))
+                inner = self.mlp_norm(x)
+            else:
+                x, inner = join(x, flat, "heads", weight, self.mlp_norm.scale[...])
         with jax.named_scope("mlp"):
-            inner = place(self.mlp_norm(x), ("batch", "seq", "embed"))
-            out = self.mlp(inner, place)
-            x = x + place(out, ("batch", "residual_seq", "embed"))
-        return x, cache
+            inner = place(inner, ("batch", "seq", "embed"))
+            hidden = self.mlp.hidden(inner, place)
+            weight = self.mlp.w_down.get_value()
+            if join is None:
+                out = product(hidden, weight)
+                x = x + place(out, ("batch", "residual_seq", "embed"))
+                normed = None
+            else:
+                x, normed = join(x, hidden, "mlp", weight, then)
+        return x, cache, normed
 
 
 class Ends(nnx.Module):
@@ -217,6 +250,27 @@ def init_params(config: ModelConfig, dtype: DTypeLike, seed: int = 0) -> Params:
     )
 
 
+@functools.cache
+def layer_bytes(
+    config: ModelConfig, dtype: str, weights: WeightFormat | None = None
+) -> int:
+    """Returns the bytes of one block's parameters as they are stored, scales included.
+
+    Args:
+      config: shape of the model.
+      dtype: of activations.
+      weights: format of the matrices; see `quantize_block`.
+    """
+
+    def make() -> Tree:
+        state = nnx.state(Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(state)}
+        return quantize_block(_as_tree(flat), config, weights)
+
+    leaves = jax.tree.leaves(jax.eval_shape(make))
+    return sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in leaves)
+
+
 def stack_blocks(blocks: Sequence[Tree]) -> Tree:
     """Returns one tree whose arrays have a leading dimension of len(blocks)."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
@@ -232,6 +286,7 @@ def run_blocks(
     place: Place = anywhere,
     *,
     cache_at: CacheLayer | None = None,
+    join: Join | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs `x` through the blocks.
 
@@ -245,33 +300,39 @@ def run_blocks(
       attend: what attention does; gets and returns the layer's cache.
       place: pins activations.
       cache_at: where in each cache to read and write (`kv` is ignored).
+      join: what adds to the residual stream; None: ordinary operations.
 
     Returns:
       The residual stream and the updated caches.
     """
     at = cache_at or CacheLayer(kv=KV(x, x))
 
-    def run(x: Array, tree: Tree, kv: KV, index: tuple[Any, ...]) -> tuple[Array, KV]:
+    def run(
+        x: Array, tree: Tree, kv: KV, index: tuple[Any, ...], **norms: Any
+    ) -> tuple[Array, KV, Array | None]:
         layer = CacheLayer(kv=kv, index=index, row=at.row, keep=at.keep)
-        x, layer = bind_block(config, tree)(x, angles, layer, attend, place)
-        return x, layer.kv
+        block = bind_block(config, tree)
+        x, layer, normed = block(x, angles, layer, attend, place, join, **norms)
+        return x, layer.kv, normed
 
     if isinstance(blocks, tuple):
         # Traced once for all layers; the compiler puts it in place of every call.
         @jax.jit
-        def block(x: Array, tree: Tree, kv: KV) -> tuple[Array, KV]:
-            return run(x, tree, kv, at.index)
+        def block(x: Array, tree: Tree, kv: KV, normed: Any, then: Any):
+            return run(x, tree, kv, at.index, normed=normed, then=then)
 
-        done = []
+        done, normed = [], None
         for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
+            following = blocks[i + 1] if join and i + 1 < len(blocks) else None
+            then = following and following["attention_norm"]["scale"]
             with jax.named_scope(f"layer_{i}"):
-                x, kv = block(x, tree, kv)
+                x, kv, normed = block(x, tree, kv, normed, then)
             done.append(kv)
         return x, tuple(done)
 
     def body(carry: tuple[Array, KV], step: tuple[Array, Tree]):
         i, tree = step
-        return run(carry[0], tree, carry[1], (*at.index, i)), None
+        return run(carry[0], tree, carry[1], (*at.index, i))[:2], None
 
     count = jax.tree.leaves(blocks)[0].shape[0]
     with jax.named_scope("layers"):

@@ -6,13 +6,15 @@ with which figures, in docs/performance.md.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 from jaxllm.model import Layers
-from sharding.attention import Attention, refusal
+from sharding.attention import Attention, Token, refusal
 from sharding.layout import Ticks
 from sharding.program import Program
+from sharding.residual import Residual
 from sharding.target import Target
 
 Value = TypeVar("Value")
@@ -88,6 +90,43 @@ ATTENTION: tuple[tuple[When, Attention], ...] = (
     (When(), "blocks"),
 )
 
+# What can be had instead of what the tables say, and in which phase it is asked.
+_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention": (get_args(Attention), ("prefill",)),
+    "token_attention": (get_args(Token), ("decode",)),
+    "residual": (get_args(Residual), ("decode",)),
+    "ticks": (get_args(Ticks), ("prefill", "decode")),
+}
+
+
+def read_changes(texts: Sequence[str]) -> dict[str, str]:
+    """Returns choices to make whatever the tables say, from texts as `residual=plain`.
+
+    A name that begins with `xla_` is an option of the compiler.
+
+    Raises:
+      ValueError: a text, a name or a value is not known.
+    """
+    changes: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name.startswith("xla_") and value:
+            changes[name] = value
+            continue
+        known = _OPTIONS.get(name, ((), ()))[0]
+        if value not in known:
+            near = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f" Did you mean {near[0]}?" if near and name not in _OPTIONS else ""
+            every = "; ".join(
+                f"{name}={'|'.join(values)}" for name, (values, _) in _OPTIONS.items()
+            )
+            raise ValueError(
+                f"no choice {text!r}.{hint} There are {every}; and options of XLA, as"
+                " xla_gpu_enable_triton_gemm=False. Choose one of these."
+            )
+        changes[name] = value
+    return changes
+
 
 def choose(
     program: Program,
@@ -95,6 +134,7 @@ def choose(
     *,
     layers: str = "auto",
     table: Sequence[tuple[When, Layers]] = LAYERS,
+    changes: Mapping[str, str] | None = None,
 ) -> Program:
     """Returns `program` as it is best written for `target`.
 
@@ -103,6 +143,10 @@ def choose(
       target: where it runs, or for which it is compiled.
       layers: "unrolled" or "scanned" to have them so; "auto" asks `table`.
       table: the rows for layers.
+      changes: what to choose whatever the tables say; see `read_changes`.
+
+    Raises:
+      ValueError: a change does not suit the program.
     """
     chosen: Any = layers if layers != "auto" else _first(table, target, program)
     ticks: Ticks = "scanned"
@@ -111,7 +155,24 @@ def choose(
     attention = _first(ATTENTION, target, program)
     if refusal(attention, program.config, program.dtype, target):
         attention = "blocks"
-    return dataclasses.replace(program, layers=chosen, ticks=ticks, attention=attention)
+    program = dataclasses.replace(
+        program, layers=chosen, ticks=ticks, attention=attention
+    )
+    return _change(program, changes or {})
+
+
+def _change(program: Program, changes: Mapping[str, str]) -> Program:
+    fields: dict[str, Any] = {
+        name: value
+        for name, value in changes.items()
+        if name in _OPTIONS and program.phase in _OPTIONS[name][1]
+    }
+    if program.partition.stage == 1:
+        fields.pop("ticks", None)
+    options = {name: value for name, value in changes.items() if name not in _OPTIONS}
+    if options:
+        fields["compiler_options"] = tuple(options.items())
+    return dataclasses.replace(program, **fields)
 
 
 def choose_both(
@@ -121,14 +182,15 @@ def choose_both(
     *,
     layers: str = "auto",
     table: Sequence[tuple[When, Layers]] = LAYERS,
+    changes: Mapping[str, str] | None = None,
 ) -> tuple[Program, Program]:
     """Returns both phases as best written to run one after the other.
 
     They share parameters and cache, which lie as decode needs them. Arguments are
     those of `choose`.
     """
-    decode = choose(decode, target, layers=layers, table=table)
-    prefill = choose(prefill, target, layers=decode.layers)
+    decode = choose(decode, target, layers=layers, table=table, changes=changes)
+    prefill = choose(prefill, target, layers=decode.layers, changes=changes)
     return dataclasses.replace(prefill, ticks=decode.ticks), decode
 
 

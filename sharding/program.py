@@ -29,9 +29,10 @@ from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
-from jaxllm.model import Layers, Params
+from jaxllm.model import Join, Layers, Params
+from jaxllm.norm_kernel import Mailbox
 from jaxllm.quantized import KVFormat, WeightFormat
-from sharding import vocab
+from sharding import residual, vocab
 from sharding.attention import (
     Attention,
     Token,
@@ -44,6 +45,7 @@ from sharding.layout import Layout, Named, State, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload, check
 from sharding.pipeline import Pipeline
+from sharding.residual import Residual
 from sharding.rules import MESH_AXES
 from sharding.target import Target
 
@@ -115,6 +117,8 @@ class Program:
       ticks: of a decode pipeline, unrolled or scanned; see `Layout.ticks`.
       attention: how a prompt's is computed; see `sharding.attention`.
       token_attention: how that of a decoded token is; see there.
+      residual: how a token's products are added up; see `sharding.residual`.
+      compiler_options: of XLA, beside those of the target.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
       with_logits: also return logits [B, V] in float32.
@@ -135,6 +139,8 @@ class Program:
     ticks: Ticks = "scanned"
     attention: Attention = "blocks"
     token_attention: Token = "einsum"
+    residual: Residual = "plain"
+    compiler_options: tuple[tuple[str, str], ...] = ()
     micro_batches: int | None = None
     ragged: bool = False
     with_logits: bool = False
@@ -151,6 +157,8 @@ class Program:
         if reason := refusal(self.attention, self.config, self.dtype):
             raise ValueError(reason)
         if reason := self.token_refusal(self.token_attention):
+            raise ValueError(reason)
+        if reason := self._residual_refusal():
             raise ValueError(reason)
         self._check_ragged()
         asked, batch = self.micro_batches, self.layout.replica_batch
@@ -207,6 +215,23 @@ class Program:
             is_whole=all(partition.axes[axis] == 1 for axis in split),
             is_wide=self.kv is None,
             size=bytes_each // jnp.dtype(self.dtype).itemsize,
+        )
+
+    @property
+    def _token_rows(self) -> int:
+        """Sequences of which a device decodes a token at once."""
+        return self.layout.replica_batch // self.layout.groups
+
+    def _residual_refusal(self) -> str | None:
+        name = self.residual
+        if name != "plain" and (self.phase != "decode" or self.weights):
+            return (
+                f"residual {name!r} in {self.phase} with weights {self.weights}: the"
+                " kernel is for decoded tokens and weights as wide as activations. Use"
+                " residual='plain', which has no such limit."
+            )
+        return residual.refusal(
+            name, self.layout.model, self.partition, self._token_rows
         )
 
     @property
@@ -298,7 +323,9 @@ class Program:
             raise ValueError(reason)
         start = time.perf_counter()
         mesh = make_mesh(target.mesh_devices(self.partition.shape))
-        executable = self.lower(mesh).compile(target.compiler_options)
+        executable = self.lower(mesh).compile(
+            {**(target.compiler_options or {}), **dict(self.compiler_options)}
+        )
         compile_s = time.perf_counter() - start
         stats = executable.memory_analysis()
         if stats is None:
@@ -370,12 +397,7 @@ class Program:
 
     def _function(self, mesh: Mesh) -> Callable[..., Any]:
         manual = self._manual
-        platform = mesh.devices.flat[0].platform
-        local = (
-            self._staged(platform)
-            if self.partition.stage > 1
-            else self._single(platform)
-        )
+        local = self._staged(mesh) if self.partition.stage > 1 else self._single(mesh)
 
         def program(*arguments: Any) -> tuple[State, Any]:
             state, logits = local(*arguments)
@@ -427,6 +449,22 @@ class Program:
             self.attention, self.partition.rules, MESH_AXES, self._manual
         )
 
+    def _join(self, mesh: Mesh) -> Join | None:
+        if self.residual == "plain":
+            return None
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        boxes = None
+        if self.partition.tensor > 1 and not on_cpu:
+            shape = Mailbox(
+                peers=self.partition.tensor,
+                rows=self._token_rows,
+                width=self.config.embed_dim,
+            )
+            boxes = residual.make_mailboxes(shape, mesh)
+        return residual.kernel_join(
+            self.config, self.partition, self._manual, boxes, on_cpu=on_cpu
+        )
+
     def _token_attention(self, platform: str) -> TokenAttention | None:
         return token_attention(
             self.token_attention,
@@ -460,7 +498,8 @@ class Program:
             ),
         )
 
-    def _staged(self, platform: str) -> Callable[..., Any]:
+    def _staged(self, mesh: Mesh) -> Callable[..., Any]:
+        platform = mesh.devices.flat[0].platform
         lookup, sample = self._vocabulary(platform)
         pipeline = Pipeline(
             config=self.layout.model,
@@ -471,6 +510,7 @@ class Program:
             place=self._place(platform),
             attention=self._attention(),
             token_attention=self._token_attention(platform),
+            join=self._join(mesh) if self.phase == "decode" else None,
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -478,13 +518,16 @@ class Program:
         )
         return pipeline.prefill if self.phase == "prefill" else pipeline.decode
 
-    def _single(self, platform: str) -> Callable[..., Any]:
+    def _single(self, mesh: Mesh) -> Callable[..., Any]:
+        platform = mesh.devices.flat[0].platform
         lookup, sample = self._vocabulary(platform)
         place = self._place(platform)
         if self.phase == "prefill":
             return functools.partial(self._prefill_whole, place, lookup, sample)
-        attention = self._token_attention(platform)
-        return functools.partial(self._decode_whole, place, lookup, sample, attention)
+        attention, join = self._token_attention(platform), self._join(mesh)
+        return functools.partial(
+            self._decode_whole, place, lookup, sample, attention, join
+        )
 
     def _prefill_whole(
         self,
@@ -547,6 +590,7 @@ class Program:
         lookup: Lookup,
         sample: Callable[..., Any],
         attention: TokenAttention | None,
+        join: Join | None,
         params: Params,
         state: State,
     ) -> tuple[State, Any]:
@@ -559,6 +603,7 @@ class Program:
             place=place,
             lookup=lookup,
             attention=attention,
+            join=join,
         )
         state = state._replace(
             cache=cache,

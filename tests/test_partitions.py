@@ -18,6 +18,7 @@ from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
+from sharding.residual import Residual
 from sharding.run import generate
 from sharding.target import parse_target
 
@@ -29,7 +30,9 @@ MODELS = {
         PRESETS["tiny"], num_heads=6, num_kv_heads=3, vocab_size=265
     ),
 }
-MODELS["tiny-wide"] = dataclasses.replace(PRESETS["tiny"], head_dim=16, num_layers=3)
+MODELS["tiny-wide"] = dataclasses.replace(
+    PRESETS["tiny"], head_dim=16, num_layers=3, embed_dim=64
+)
 DRAWN = Sampling(temperature=0.8, top_k=100, top_p=0.9)
 
 
@@ -44,6 +47,7 @@ def run(
     ticks: Ticks = "scanned",
     attention: Attention = "blocks",
     token_attention: Token = "einsum",
+    residual: Residual = "plain",
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
     config, partition = MODELS[model], Partition.parse(name, rules)
@@ -60,7 +64,8 @@ def run(
             layers=layers,
             ticks=ticks,
             attention=attention,
-            token_attention=token_attention,
+            token_attention=token_attention if phase == "decode" else "einsum",
+            residual=residual if phase == "decode" else "plain",
             ragged=ragged,
             with_logits=True,
             sampling=sampling,
@@ -229,16 +234,16 @@ def test_a_kernel_sees_the_arrays_of_one_device(
     [
         ("tp8", False, 2),  # copies of heads
         ("tp2_pp2", True, 4),  # idle ticks leave the cache alone
-        ("pp2", False, 1),  # one group walks through
+        ("dp2_pp2", False, 2),  # one group walks through
     ],
 )
-def test_the_kernel_of_a_token_equals_one_device(
+def test_the_kernels_of_a_token_equal_one_device(
     name: str, ragged: bool, batch: int
 ) -> None:
     model = "tiny-wide"
     tokens, logits, _ = run(
         model, name, "megatron", "unrolled", ragged, batch, ticks="unrolled",
-        token_attention="triton",
+        token_attention="triton", residual="triton",
     )  # fmt: skip
     want_tokens, want_logits, _ = one_device(model, ragged, batch)
     np.testing.assert_array_equal(tokens, want_tokens)

@@ -1,14 +1,15 @@
 """Collectives as they stand in the text, whatever they are wrapped in.
 
 They hide inside fusions (TPU: all-reduce + dynamic-slice is a reduce-scatter;
-GPU: XLA's own all-reduce kernels), in async wrappers, and in chains of TPU
-fusions that repeat one all-gather from start to done.
+GPU: XLA's own all-reduce kernels), in async wrappers, in chains of TPU fusions that
+repeat one all-gather from start to done, and in kernels that say so of themselves.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterator
 
+from sharding.hlo import custom_calls
 from sharding.hlo.groups import AxisNamer, Groups, largest_chain, parse_groups
 from sharding.hlo.opcodes import COLLECTIVES, base_opcode
 from sharding.hlo.reader import Computation, Instruction, Module
@@ -88,6 +89,27 @@ class CollectiveFinder:
         elif opcode == "fusion":
             for inner, where in self.inside(instruction.called("calls") or ""):
                 yield self._measure(inner, where)
+        elif opcode == "custom-call":
+            stated = custom_calls.stated_collective(instruction)
+            if stated:
+                yield self._stated(instruction, *stated)
+
+    def _stated(
+        self, instruction: Instruction, opcode: str, groups: str, payload: int
+    ) -> Found:
+        """Returns the collective that a kernel says it is."""
+        parsed = parse_groups(groups, self._module.num_devices)
+        parsed = tuple(g for g in parsed if len(g) > 1)
+        n = max((len(g) for g in parsed), default=1)
+        wire = payload * (n - 1) // n
+        return Found(
+            axis=self._namer.of_groups(parsed) if parsed else "",
+            kind=COLLECTIVES[opcode],
+            payload_bytes=payload,
+            wire_bytes=2 * wire if opcode == "all-reduce" else wire,
+            group_size=n,
+            instruction=instruction,
+        )
 
     def _measure(self, instruction: Instruction, computation: Computation) -> Found:
         opcode = base_opcode(instruction)

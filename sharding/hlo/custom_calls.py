@@ -157,20 +157,42 @@ def custom_call_flops(
     )
 
 
-def _stated(instruction: Instruction) -> dict[str, int] | None:
-    """Returns what a Triton kernel says of itself in its metadata.
+def stated_collective(instruction: Instruction) -> tuple[str, str, int] | None:
+    """Returns kind, replica groups and payload bytes of a kernel's own collective.
 
-    A Pallas kernel for GPUs loses its cost estimate on the way to HLO and keeps its
-    `metadata`: `matmul_flops`, `other_flops` and `hbm_bytes`, all three or none.
+    None if the kernel says of none; see `_metadata`.
     """
-    found = _METADATA.search(instruction.rest)
-    if target(instruction) != _TRITON or not found:
+    metadata = _metadata(instruction)
+    if "collective" not in metadata:
         return None
+    payload = int(metadata["payload_bytes"])
+    return metadata["collective"], metadata["replica_groups"], payload
+
+
+def _stated(instruction: Instruction) -> dict[str, int] | None:
+    """Returns what one execution of a kernel costs, if it says so: all of `_STATED`."""
+    metadata = _metadata(instruction)
     try:
-        metadata = json.loads(re.sub(r"\\(22|5C)", _unescape, found[1]))
         return {key: int(metadata[key]) for key in _STATED}
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _metadata(instruction: Instruction) -> dict[str, Any]:
+    """Returns what a Triton kernel says of itself.
+
+    A Pallas kernel for GPUs loses its cost estimate on the way to HLO and keeps its
+    `metadata`. Ours has the figures of `_STATED`, and where devices exchange data,
+    `collective` (its opcode), `replica_groups` and `payload_bytes`.
+    """
+    found = _METADATA.search(instruction.rest)
+    if target(instruction) != _TRITON or not found:
+        return {}
+    try:
+        metadata = json.loads(re.sub(r"\\(22|5C)", _unescape, found[1]))
+    except ValueError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _unescape(match: re.Match[str]) -> str:

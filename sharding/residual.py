@@ -1,0 +1,170 @@
+"""Where the parts of a product meet: summed over devices, added, normed.
+
+Written plainly, the compiler puts an all-reduce there, and a few kernels behind it. Of
+one token a sequence the numbers are so few that every kernel and every pause counts;
+one kernel of our own does all three (`jaxllm.norm_kernel`).
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxllm import norm_kernel
+from jaxllm.config import ModelConfig
+from jaxllm.model import Join
+from jaxllm.norm_kernel import Mailbox, add_and_norm
+from jaxllm.quantized import product
+from sharding.partition import Partition
+
+Residual = Literal["plain", "triton"]
+
+# What one device may send at once. Every peer gets all of it, in one step: for few
+# bytes that is faster than a ring, whose every step waits for the one before.
+MOST_BYTES = 4 * 2**20
+
+
+def refusal(
+    name: Residual, config: ModelConfig, partition: Partition, tokens: int
+) -> str | None:
+    """Returns why residual `name` cannot be used, None if it can.
+
+    Args:
+      name: of the residual.
+      config: the model as computed.
+      partition: how it is split.
+      tokens: that a device works on at once.
+    """
+    rest = "Use residual='plain', which has no such limit."
+    if name == "plain":
+        return None
+    if name != "triton":
+        return f"no residual {name!r}; there are plain, triton. Choose one."
+    rules = partition.rules
+    split = {
+        dim: [a for a in rules.axes_of(dim, "decode") if partition.axes[a] > 1]
+        for dim in ("embed", "residual_seq", "heads", "mlp")
+    }
+    whole = not split["embed"] and not split["residual_seq"]
+    parts = ["tensor"] if partition.tensor > 1 else []
+    if not whole or split["heads"] != parts or split["mlp"] != parts:
+        return (
+            f"residual 'triton' with rules {rules.name!r} of {partition.name}: the"
+            " kernel sums over `tensor`, which must split heads and MLP and nothing"
+            f" else. Use the rules 'megatron'. {rest}"
+        )
+    sent = tokens * config.embed_dim * 2 * (partition.tensor - 1)
+    if sent > MOST_BYTES:
+        return (
+            f"residual 'triton' of {tokens} tokens over {partition.tensor} devices:"
+            f" each would send {sent:,} bytes at once, above {MOST_BYTES:,}. {rest}"
+        )
+    return norm_kernel.refusal(width=config.embed_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mailboxes:
+    """The memory into which devices write to each other.
+
+    Attributes:
+      shape: of each.
+      addresses: [data, stage, tensor, 2], low and high 32 bits; zeros where nothing
+        runs.
+      arrays: the memory, one array a device, alive as long as this is.
+    """
+
+    shape: Mailbox
+    addresses: np.ndarray
+    arrays: tuple[jax.Array, ...] = ()
+
+
+@functools.cache
+def make_mailboxes(shape: Mailbox, mesh: Mesh) -> Mailboxes:
+    """Returns mailboxes on the devices of `mesh`, made once and kept.
+
+    JAX lets the GPUs of a process reach each other's memory. Devices that are only
+    described have none: their addresses are 0.
+
+    Args:
+      shape: of each.
+      mesh: axes data, stage and tensor.
+    """
+    addresses = np.zeros((*mesh.devices.shape, 2), np.uint32)
+    if mesh.devices.flat[0] not in jax.devices():
+        return Mailboxes(shape=shape, addresses=addresses.view(np.int32))
+    empty = np.zeros(shape.num_bytes // 4, np.int32)
+    arrays = [jax.device_put(empty, device) for device in mesh.devices.flat]
+    jax.block_until_ready(arrays)
+    for where, array in zip(np.ndindex(mesh.devices.shape), arrays, strict=True):
+        pointer = array.unsafe_buffer_pointer()
+        addresses[where] = pointer % 2**32, pointer // 2**32
+    return Mailboxes(
+        shape=shape, addresses=addresses.view(np.int32), arrays=tuple(arrays)
+    )
+
+
+def kernel_join(
+    config: ModelConfig,
+    partition: Partition,
+    manual: tuple[str, ...],
+    mailboxes: Mailboxes | None,
+    *,
+    on_cpu: bool = False,
+) -> Join:
+    """Returns what joins a product with the residual stream, by one kernel.
+
+    Args:
+      config: the model.
+      partition: how it is split; `refusal` says what suits.
+      manual: axes that an enclosing `jax.shard_map` handles.
+      mailboxes: None with one tensor device, and where the kernel is interpreted.
+      on_cpu: run the kernel as ordinary operations, and sum by `psum` before.
+    """
+    inner = tuple(axis for axis in partition.axes if axis not in manual)
+    spec = functools.partial(partition.rules.spec, phase="decode", keep=inner)
+    tensor = partition.tensor
+    stream = spec(("batch", "residual_seq", "embed"))
+
+    def local(x: Any, hidden: Any, weight: Any, scale: Any) -> tuple[Any, Any]:
+        part = product(hidden, weight)[:, 0]
+        peers: dict[str, Any] = {}
+        if tensor > 1 and on_cpu:
+            part = lax.psum(part.astype(jnp.float32), "tensor").astype(x.dtype)
+        elif tensor > 1:
+            assert mailboxes is not None
+            groups = partition.num_devices // tensor
+            here = jnp.asarray(mailboxes.addresses)[
+                lax.axis_index("data"), lax.axis_index("stage")
+            ]
+            peers = {
+                "mailbox": mailboxes.shape,
+                "me": lax.axis_index("tensor"),
+                "addresses": here,
+                "groups": f"[{groups},{tensor}]<=[{partition.num_devices}]",
+            }
+        x, normed = add_and_norm(
+            x[:, 0], part, scale, config.norm_eps, interpret=on_cpu, **peers
+        )
+        return x[:, None], None if normed is None else normed[:, None]
+
+    def join(x: Any, hidden: Any, name: str, weight: Any, scale: Any):
+        mapped = jax.shard_map(
+            local,
+            in_specs=(
+                stream,
+                spec(("batch", "seq", name)),
+                jax.tree.map(lambda _: spec((name, "embed")), weight),
+                None if scale is None else spec(("embed",)),
+            ),
+            out_specs=(stream, None if scale is None else stream),
+            axis_names=set(inner),
+            check_vma=False,
+        )
+        return mapped(x, hidden, weight, scale)
+
+    return join

@@ -1,0 +1,93 @@
+"""The kernel that adds and norms: its answer, what it refuses, what the ledger sees."""
+
+import dataclasses
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import PRESETS
+from jaxllm.norm_kernel import Mailbox, add_and_norm
+from sharding.hlo.ledger import read_ledger
+from sharding.partition import Partition, Workload
+from sharding.program import Program
+from sharding.target import parse_target
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_the_formula(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, part = (jnp.asarray(rng.standard_normal((3, 64)), dtype) for _ in range(2))
+    scale = jnp.asarray(rng.standard_normal(64), dtype)
+    summed, normed = add_and_norm(x, part, scale, 1e-5, interpret=True)
+    np.testing.assert_array_equal(summed, x + part)
+    wide = np.asarray(x + part, np.float64)
+    want = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(
+        np.asarray(normed, np.float64),
+        want * np.asarray(scale, np.float64),
+        rtol=1e-6 if dtype == "float32" else 2e-2,
+        atol=1e-6,
+    )
+    only, nothing = add_and_norm(x, part, None, 1e-5, interpret=True)
+    np.testing.assert_array_equal(only, summed)
+    assert nothing is None
+
+
+def test_mailboxes_are_cut_without_overlap() -> None:
+    box = Mailbox(peers=3, rows=5, width=64)
+    assert box.counters == 3 * 5 * 4
+    assert box.letters >= box.counters + 5 * 4
+    assert box.num_bytes == box.letters + 2 * 3 * 5 * 64 * 2
+
+
+def test_what_does_not_suit_is_refused() -> None:
+    x = jnp.zeros((2, 96))
+    with pytest.raises(ValueError, match="96 numbers a token"):
+        add_and_norm(x, x, None, 1e-5, interpret=True)
+    x, box = jnp.zeros((2, 64)), Mailbox(peers=2, rows=1, width=64)
+    with pytest.raises(ValueError, match="in float32"):
+        add_and_norm(x, x, None, 1e-5, mailbox=box)
+    x = x.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="2 tokens of 64 numbers for a mailbox of 1"):
+        add_and_norm(x, x, None, 1e-5, mailbox=box)
+
+
+def _decode(partition: str = "tp2", rules: str = "megatron", **changes) -> Program:
+    program = Program(
+        phase="decode",
+        config=dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2),
+        partition=Partition.parse(partition, rules),
+        workload=Workload(batch_size=16, input_len=1000, output_len=128),
+        residual="triton",
+    )
+    return dataclasses.replace(program, **changes)
+
+
+def test_programs_that_it_does_not_suit() -> None:
+    with pytest.raises(ValueError, match="rules 'two_d' of dp2_tp2"):
+        _decode("dp2_tp2", "two_d")
+    with pytest.raises(ValueError, match="in prefill"):
+        _decode(phase="prefill")
+    with pytest.raises(ValueError, match="no residual 'other'"):
+        _decode(residual="other")
+    many = Workload(batch_size=4096, input_len=1000, output_len=128)
+    with pytest.raises(ValueError, match="above 4,194,304"):
+        _decode(workload=many)
+
+
+@pytest.mark.parametrize("partition", ["tp2", "dp2_tp2", "tp2_pp2"])
+def test_the_ledger_sees_an_all_reduce(partition: str) -> None:
+    axes = Partition.parse(partition).axes
+    target = parse_target(f"h100:{Partition.parse(partition).num_devices}")
+    found = []
+    for residual in ("triton", "plain"):
+        program = _decode(partition, residual=residual, ticks="scanned")
+        ledger = read_ledger(program.compile(target).text, axes)
+        counts: Counter[tuple[str, str, int]] = Counter()
+        for row in ledger.collectives:
+            counts[row.axis, row.kind, row.payload_bytes_each] += row.count
+        found.append(counts)
+    assert found[0] == found[1]
+    assert any(axis == "tensor" and kind == "all-reduce" for axis, kind, _ in found[0])
