@@ -294,3 +294,11 @@ def _check_batch(partition: Partition, workload: Workload, name: str) -> None:
             " stage: not divisible. Groups must be equal. Choose a batch that is a"
             f" multiple of {stages * replicas}, or one below it."
         )
+    groups = stages if each >= stages else 1
+    size = each // groups
+    if "data" not in partition.manual_axes and size % replicas:
+        raise ValueError(
+            f"{name} splits {size} sequences of each of {groups} groups in flight over"
+            f" data={replicas}: not divisible. Every device holds the cache of equally"
+            f" many. Choose a batch that is a multiple of {groups * replicas}."
+        )
