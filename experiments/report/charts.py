@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from experiments.report import units, words
+from experiments.report import units, validated, words
 from experiments.report.frontier import Objective, Question, pareto, partition_order
 from experiments.report.record import PhaseRecord, Record
 
@@ -296,7 +296,22 @@ def _hover(question: Question, record: Record) -> str:
         f"{units.digits(r.require('tokens_per_s_per_user'))} tokens/s/user,"
         f" {units.digits(r.require('tokens_per_s_per_chip'))} tokens/s/chip<br>"
         f"limited by {html.escape(words.part_name(str(r.bottleneck)))}"
+        f"{''.join(_slower(record))}"
     )
+
+
+def _slower(record: Record) -> list[str]:
+    """Returns a line for each predicted time on how far it holds."""
+    if record.measurement is not None:
+        return []
+    found = words.bands(record).items()
+    if not any(band for _, band in found):
+        return [f"<br>{validated.NOT_VALIDATED}"]
+    return [
+        f"<br>{metric.upper()}: "
+        + (f"measured {band} slower" if band else validated.NOT_VALIDATED)
+        for metric, band in found
+    ]
 
 
 def _time_unit(value_s: float) -> tuple[float, str]:

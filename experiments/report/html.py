@@ -92,6 +92,7 @@ def _section(
         ],
         headline=words.headline(q),
         best=[(b, words.best(q, b)) for b in q.batch_sizes],
+        trust=words.trust(q),
         met_by=words.met_by(q, objective) if objective.given else "",
         legend=charts.series_legend(q, colour),
         objective=objective.given,

@@ -8,7 +8,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from experiments.report import units, words
+from experiments.report import units, validated, words
 from experiments.report.frontier import Objective, Question, pareto
 from experiments.report.record import PhaseRecord, Record
 
@@ -22,6 +22,13 @@ _CSV_FIELDS = (
     "needed_bytes", "available_bytes", "reason", "origin", "predicted_ttft_s",
     "predicted_tpot_s",
 )  # fmt: skip
+# How much slower than predicted measured programs of a point's kind were, and how many
+# points that stands on; empty where nothing measured is like it.
+_CSV_BANDS = tuple(
+    f"{metric}_{figure}"
+    for metric in validated.METRICS
+    for figure in ("slower_low", "slower_high", "slower_points")
+)
 
 
 def phases(record: Record) -> list[tuple[str, PhaseRecord]]:
@@ -85,10 +92,16 @@ def warnings(question: Question) -> Table:
 
 
 def points(question: Question, objective: Objective) -> Table:
-    """Returns one row for each point with figures; a star marks the frontier."""
+    """Returns one row for each point with figures; a star marks the frontier.
+
+    Beside a time stands its error band, where any time of the question has one.
+    """
+    found = {r.key: words.bands(r) for r in question.ok}
+    has_bands = any(any(bands.values()) for bands in found.values())
+    time = ["% of limit", "limited by"] + ["measured slower by"] * has_bands
     headings = [
-        "batch", "partition", "TTFT", "% of limit", "limited by", "TPOT", "% of limit",
-        "limited by", "tokens/s", "/user", "/chip", "memory", "frontier",
+        "batch", "partition", "TTFT", *time, "TPOT", *time, "tokens/s", "/user",
+        "/chip", "memory", "frontier",
     ]  # fmt: skip
     if objective.given:
         headings.append("objective")
@@ -105,9 +118,11 @@ def points(question: Question, objective: Objective) -> Table:
             units.seconds(r.require("ttft_s")),
             f"{prefill.pct_of_limit:.0f}",
             words.part_name(prefill.bottleneck or ""),
+            *_band(found[r.key]["ttft"], has_bands),
             units.seconds(r.require("tpot_s")),
             f"{decode.pct_of_limit:.0f}",
             words.part_name(decode.bottleneck or ""),
+            *_band(found[r.key]["tpot"], has_bands),
             units.digits(r.require("output_tokens_per_s")),
             units.digits(r.require("tokens_per_s_per_user")),
             units.digits(r.require("tokens_per_s_per_chip")),
@@ -219,12 +234,17 @@ def csv_text(questions: Sequence[Question], objective: Objective) -> str:
     """Returns every point as CSV, with `on_frontier` and `meets_objective`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_CSV_FIELDS, "on_frontier", "meets_objective"])
+    ends = ["on_frontier", "meets_objective"]
+    writer.writerow([*_CSV_FIELDS, *_CSV_BANDS, *ends])
     for question in questions:
         best = {r.key for r in pareto(question.ok)}
         for r in question.records:
             marks = [r.key in best, objective.met(r) if objective.given else ""]
-            writer.writerow([getattr(r, name) for name in _CSV_FIELDS] + marks)
+            slower: list[object] = []
+            for band in words.bands(r).values():
+                slower += [band.low, band.high, len(band.figures)] if band else [""] * 3
+            fields = [getattr(r, name) for name in _CSV_FIELDS]
+            writer.writerow(fields + slower + marks)
     return out.getvalue()
 
 
@@ -247,6 +267,7 @@ def markdown_report(
         out += [f"## {_cell(words.title(q))}", ""]
         out += [f"{_cell(words.headline(q))} {words.outcome(q)}.", ""]
         out += [f"- **{k}**: {_cell(v)}" for k, v in words.answers(q, objective)]
+        out += [f"- **{k}**: {_cell(v)}" for k, v in words.trust(q)]
         if q.ok:
             for table in figures(q, objective):
                 out += ["", "### Points", "", markdown(table)]
@@ -285,6 +306,11 @@ def is_figure(text: str) -> bool:
 def _points(batches: dict[str, list[str]]) -> str:
     """Example: `_points({"tp2": ["1", "16"]})` is "tp2 at 1, 16"."""
     return "; ".join(f"{name} at {', '.join(b)}" for name, b in batches.items())
+
+
+def _band(band: validated.Band | None, is_shown: bool) -> list[str]:
+    """Returns the cell of an error band, or none where that column is not shown."""
+    return [str(band or validated.NOT_VALIDATED)] if is_shown else []
 
 
 def _or_dash(value, render) -> str:

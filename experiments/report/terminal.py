@@ -62,6 +62,8 @@ def show(console: Console, question: Question, objective: Objective) -> None:
     console.print(Text(words.headline(question), style="bold"))
     for name, sentence in words.answers(question, objective):
         console.print(Text.assemble((f"{name}: ", "bold"), sentence))
+    for name, sentence in words.trust(question):
+        console.print(Text.assemble((f"{name}: ", "bold dim"), (sentence, "dim")))
 
 
 def show_files(console: Console, out: Path) -> None:

@@ -3,8 +3,8 @@
 `experiments.validate --write` keeps one `Figure` for each time that was measured and
 predicted again, in `validation.json` beside this file. A report shows beside a
 prediction the `Band` of the figures that are like it: of the same chip, priced from
-the same rates (published or measured), of the same kind of partition, rules, dtypes
-and phase, written in the same way. What nothing is like is not validated.
+the same rates (published or measured), and of the same kind of partition, rules,
+dtypes and phase. What nothing is like is not validated.
 """
 
 import dataclasses
@@ -23,8 +23,6 @@ from sharding.tensor import MEGATRON
 PATH = Path(__file__).with_name("validation.json")
 SCHEMA = 1
 METRICS = ("ttft", "tpot")
-# The same program as was timed, or as it is written for a chip that is not there.
-AS_MEASURED, AS_PLANNED = "as measured", "as planned"
 NOT_VALIDATED = "not validated here"
 
 
@@ -34,7 +32,6 @@ class Figure:
 
     Attributes:
       metric: "ttft" or "tpot".
-      program: which program was priced, `AS_MEASURED` or `AS_PLANNED`.
       model, chip, partition, rules, layers, batch_size, input_len, output_len: as in
         the record.
       dtypes: of activations, and of weights and cache where they have their own.
@@ -49,7 +46,6 @@ class Figure:
     """
 
     metric: str
-    program: str
     model: str
     chip: str
     rates: str
@@ -92,7 +88,7 @@ class Figure:
     def alike(self) -> tuple[str, ...]:
         """What a prediction must share to have the error of this figure."""
         return (
-            self.metric, self.program, self.chip, self.rates, self.kind, self.rules,
+            self.metric, self.chip, self.rates, self.kind, self.rules,
             self.dtypes, self.layers,
         )  # fmt: skip
 
@@ -193,7 +189,6 @@ def band(
     known = committed() if known is None else known
     alike = (
         metric,
-        AS_MEASURED if record.target == "attached" else AS_PLANNED,
         record.chip,
         record.context.get("rates", ""),
         kind_of(record.partition),

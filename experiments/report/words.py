@@ -12,6 +12,8 @@ from experiments.report.frontier import (
     most,
 )
 from experiments.report.record import Record
+from experiments.report.validated import METRICS as TIMES
+from experiments.report.validated import NOT_VALIDATED, Band, band, kind_of
 
 METRICS = (
     ("TTFT", "Start of prefill to the first token of every sequence of the batch."),
@@ -50,6 +52,11 @@ METRICS = (
         "predicted, off",
         "What a roofline of the compiled program says, and how much longer or shorter"
         " the measured time is.",
+    ),
+    (
+        "measured slower by",
+        "How much longer than predicted programs took that were measured on this chip:"
+        " of the same kind of partition, rules and dtype, predicted at the same rates.",
     ),
     (
         "spread",
@@ -194,6 +201,37 @@ def answers(question: Question, objective: Objective) -> list[tuple[str, str]]:
     if objective.given:
         found.append(("objective", met_by(question, objective)))
     return found
+
+
+def bands(record: Record) -> dict[str, Band | None]:
+    """Returns the error band of each predicted time; None where there is none.
+
+    Measured times have none: their prediction stands beside them.
+    """
+    if record.measurement is not None:
+        return dict.fromkeys(TIMES)
+    return {metric: band(record, metric) for metric in TIMES}
+
+
+def trust(question: Question) -> list[tuple[str, str]]:
+    """Returns (what, sentence) on how far the predictions of a question hold.
+
+    One for each time and kind of partition, those without a band together.
+    """
+    if question.measured or not question.ok:
+        return []
+    found, unknown = list[tuple[str, str]](), dict[str, list[str]]()
+    for metric in TIMES:
+        kinds = {kind_of(r.partition): bands(r)[metric] for r in question.ok}
+        for kind, known in kinds.items():
+            if known is None:
+                unknown.setdefault(kind, []).append(metric.upper())
+            else:
+                found.append((f"{metric.upper()} of {kind}", f"{known.sentence}."))
+    if unknown and not found:
+        return [("error", f"{NOT_VALIDATED}: nothing like it was measured.")]
+    left = [f"{' and '.join(times)} of {kind}" for kind, times in unknown.items()]
+    return found + ([("; ".join(left), f"{NOT_VALIDATED}.")] if left else [])
 
 
 def headline(question: Question) -> str:

@@ -1,0 +1,72 @@
+"""Finds the measured records in a folder of results."""
+
+from pathlib import Path
+
+from experiments.report import store
+from experiments.report.record import Record
+from experiments.validation.predict import Measured
+
+
+def measured(root: Path) -> tuple[list[Measured], list[str]]:
+    """Returns the measured records under `root`, and what was left out of them.
+
+    Of one point measured more than once the newest record counts.
+
+    Raises:
+      ValueError: there is no such folder, no file of records in it or none that was
+        measured, or a line is no record of this schema.
+    """
+    rest = (
+        "Give the folder that experiments.measure wrote with --out, or one that holds"
+        " several of them."
+    )
+    if not root.is_dir():
+        raise ValueError(
+            f"cannot validate the records of {root}: there is no such folder. Measured"
+            f" records are read from the {store.FILE_NAME} of a folder. {rest}"
+        )
+    paths = sorted(root.rglob(store.FILE_NAME))
+    if not paths:
+        raise ValueError(
+            f"cannot validate the records of {root}: it holds 0 files called"
+            f" {store.FILE_NAME}. Measured records are read from them. {rest}"
+        )
+    total, newest, notes = 0, dict[tuple[object, ...], Measured](), list[str]()
+    older = 0
+    for path in paths:
+        records, dropped = store.read_records(path.parent)
+        if dropped is not None:
+            notes.append(f"The last line of {path} was cut off and is left out.")
+        total += len(records)
+        for record in records:
+            timed = record.measurement
+            if timed is None or record.status != "ok" or timed.engine != "jaxllm":
+                continue
+            one = Measured(record=record, folder=path.parent)
+            key = _question(record)
+            older += key in newest
+            if key in newest and _time(newest[key]) > _time(one):
+                continue
+            newest[key] = one
+    if not newest:
+        raise ValueError(
+            f"cannot validate the records of {root}: 0 of {total} records are"
+            f" measured. A prediction is compared with a time that was taken. {rest}"
+        )
+    if older:
+        notes.append(f"{older} older measurements of the same points are left out.")
+    return list(newest.values()), notes
+
+
+def _question(record: Record) -> tuple[object, ...]:
+    """Returns what was measured: every input but the code and versions."""
+    r = record
+    own = (getattr(r, "weights", None), getattr(r, "kv", None))
+    return (
+        r.model, r.chip, r.num_devices, r.partition, r.rules, r.dtype, *own, r.layers,
+        r.batch_size, r.input_len, r.output_len, r.asked_micro_batches,
+    )  # fmt: skip
+
+
+def _time(one: Measured) -> str:
+    return one.record.provenance.time

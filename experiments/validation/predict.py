@@ -1,0 +1,210 @@
+"""Predicts again what was measured, on a machine that has no such devices.
+
+A measured record says what ran and how its programs were written. Where they were kept
+beside it (`experiments.report.kept`) they are priced as they are; else they are written
+so again by today's code and compiled for described devices of the kind that was used.
+`evaluate.evaluate_phase` prices them, as it does every point of a sweep.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments import evaluate
+from experiments.report import kept, validated
+from experiments.report.record import PhaseRecord, Point, Record
+from experiments.report.validated import Figure
+from sharding import attention, chips
+from sharding.chips import Chip
+from sharding.program import CompiledProgram, Phase, Program
+from sharding.target import GPUS, Target, parse_target
+
+_PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
+# Fields of a `Program` that say how it is written, under the same name in a record.
+_WRITING = ("layers", "attention", "token_attention")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A record of a real run, and the folder it is in."""
+
+    record: Record
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.record.partition} at batch {self.record.batch_size}"
+
+    @property
+    def source(self) -> str:
+        return f"{self.folder.name}, {self.record.provenance.time}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What became of one measured point.
+
+    Attributes:
+      figures: of both phases, at all rates that were asked for.
+      notes: what a reader of them must know.
+    """
+
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]
+
+
+def predict(
+    measured: Measured, *, chip: str | None = None, both_rates: bool = False
+) -> Found:
+    """Returns measured times beside predictions of today's code.
+
+    Args:
+      measured: the record.
+      chip: price as this chip instead of the record's.
+      both_rates: where the chip is calibrated, price by its published rates as well.
+
+    Raises:
+      ValueError: its devices are not described, or a program cannot be counted.
+    """
+    record = measured.record
+    priced = [chip or record.chip]
+    if both_rates and chips.find_chip(priced[0]).calibrated is not None:
+        priced.append(f"{priced[0]}@published")
+    figures, notes = list[Figure](), dict[str, None]()
+    for metric, phase in _PHASES.items():
+        for name in priced:
+            compiler = AsMeasured(measured, name)
+            point = _point(record, compiler.name)
+            try:
+                answer = evaluate.evaluate_phase(point, phase, compiler)
+            except NotAgain as error:
+                notes[str(error)] = None
+                continue
+            notes |= dict.fromkeys(compiler.notes)
+            if answer.parts is None:
+                notes[f"No {phase} of {measured}: {answer.reason}"] = None
+                continue
+            rates = compiler.target(point).chip
+            figures.append(figure(measured, metric, rates, answer.parts.total_s))
+    return Found(figures=tuple(figures), notes=tuple(notes))
+
+
+class NotAgain(Exception):
+    """A program that is not kept and cannot be compiled again without its devices."""
+
+
+class AsMeasured(evaluate.Compiler):
+    """Makes the programs of a measured record, or finds them beside it.
+
+    Attributes:
+      name: of the described target.
+      notes: how they were come by, where that matters.
+
+    Raises:
+      ValueError: there is no description of its devices.
+    """
+
+    def __init__(self, measured: Measured, chip: str):
+        self.name = described(measured.record)
+        self.notes: list[str] = []
+        self._measured = measured
+        self._chip = chip
+
+    def target(self, point: Point) -> Target:
+        return parse_target(self.name, self._chip).first(point.num_devices)
+
+    def choose(self, program: Program, target: Target, layers: str) -> Program:
+        """Returns `program` as the record says that it was written."""
+        ran: PhaseRecord | None = getattr(self._measured.record, program.phase)
+        if ran is None:  # it could not be counted when it ran
+            raise NotAgain(
+                f"No {program.phase} of {self._measured}: its record does not say how"
+                " it was written."
+            )
+        # A record without one of these fields is older than the choice.
+        how: dict[str, Any] = {
+            name: value for name in _WRITING if (value := getattr(ran, name, None))
+        }
+        how["ticks"] = "unrolled" if ran.unrolled_ticks else "scanned"
+        cut = self._measured.record.micro_batches
+        if program.phase == "prefill" and program.prefill_micro_batches != cut:
+            how["micro_batches"] = cut
+        return dataclasses.replace(program, **how)
+
+    def compile(self, program: Program, target: Target) -> CompiledProgram:
+        """Returns the program that was timed, or else one that is written like it."""
+        one, phase = self._measured, program.phase
+        file = kept.path(one.folder, one.record, phase)
+        if file.exists():
+            compiled, made = kept.read(file)
+            if not made.get("attached"):
+                self.notes.append(
+                    f"Programs of {one.folder.name} were compiled after it, from the"
+                    " same commit and versions, for described devices."
+                )
+            return compiled
+        if attention.refusal(program.attention, program.config, program.dtype, target):
+            raise NotAgain(
+                f"No {phase} of {one}: it ran with attention {program.attention!r},"
+                f" which is not compiled for {target.name}, and it is not kept in"
+                f" {file.parent}."
+            )
+        self.notes.append(
+            f"Programs of {one} are not kept in {file.parent}: today's code wrote them"
+            " again, and what it writes otherwise than then counts as an error."
+        )
+        return program.compile(target)
+
+
+def described(record: Record) -> str:
+    """Returns the target that stands for the devices of a measured record.
+
+    Raises:
+      ValueError: there is no description of such devices.
+    """
+    if record.target != "attached":
+        return record.target
+    assert record.measurement is not None
+    kind = record.measurement.devices[0]
+    for chip in chips.CHIPS.values():
+        if kind in chip.device_kinds and chip.name in GPUS:
+            return f"{chip.name}:{record.num_devices}"
+    raise ValueError(
+        f"cannot predict {record.partition} at batch {record.batch_size} again: it ran"
+        f" on {record.num_devices} x {kind}, and GPUs described here are"
+        f" {', '.join(GPUS)}. A program is compiled for the devices it was timed on."
+        " Leave the record out, or validate on a machine that has them."
+    )
+
+
+def figure(measured: Measured, metric: str, chip: Chip, predicted_s: float) -> Figure:
+    """Returns a measured time beside a prediction."""
+    r = measured.record
+    assert r.measurement is not None
+    return Figure(
+        metric=metric,
+        model=r.model,
+        chip=chip.name,
+        rates=chip.rates_from,
+        partition=r.partition,
+        rules=r.rules,
+        dtypes=validated.dtypes_of(r),
+        layers=r.layers,
+        asked_micro_batches=r.asked_micro_batches,
+        num_chips=r.num_chips,
+        batch_size=r.batch_size,
+        input_len=r.input_len,
+        output_len=r.output_len,
+        measured_s=r.require(f"{metric}_s"),
+        spread=getattr(r.measurement, f"{metric}_spread"),
+        predicted_s=predicted_s,
+        recorded_s=getattr(r, f"predicted_{metric}_s"),
+        source=measured.source,
+    )
+
+
+def _point(record: Record, target: str) -> Point:
+    """Returns the question that `record` answers, asked of a described target."""
+    asked = {
+        field.name: getattr(record, field.name) for field in dataclasses.fields(Point)
+    }
+    return Point(**{**asked, "target": target})
