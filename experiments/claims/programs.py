@@ -1,0 +1,95 @@
+"""Programs compiled once, kept on disk, and priced as many chips.
+
+What a compiler makes for a described GPU does not depend on a chip's rates, so one
+program answers for every chip, for links of other speeds, and for a chip with more
+memory. Programs are kept by a digest of what is given to the compiler: a change of the
+code that does not reach the program costs no compilation, and new rates cost none.
+"""
+
+import dataclasses
+import gzip
+import os
+import pickle
+from pathlib import Path
+
+import jax
+
+from experiments.claims.rows import ANY_MEMORY, LINKS, MEMORY
+from experiments.evaluate import Compiler
+from experiments.report import provenance
+from experiments.report.record import Point, digest
+from sharding import choices
+from sharding.chips import Chip, find_chip
+from sharding.mesh import make_mesh
+from sharding.program import CompiledProgram, Program
+from sharding.target import Target, parse_target
+
+# Described to XLA:GPU, so that it never computes twice what it could keep. Whether a
+# program fits is decided by its size, chip by chip.
+_ROOM_BYTES = 10**14
+
+
+def priced_as(chip: Chip, point: Point) -> Chip:
+    """Returns the chip that prices `point`, with the links and memory it asks for.
+
+    Links of another speed were never measured: then all rates are the published ones.
+    """
+    if LINKS in point.context:
+        rate = chip.link_bytes_per_s * float(point.context[LINKS])
+        chip = dataclasses.replace(chip.published(), link_bytes_per_s=rate)
+    if point.context.get(MEMORY) == ANY_MEMORY:
+        chip = dataclasses.replace(chip, hbm_bytes=_ROOM_BYTES)
+    return chip
+
+
+class Kept(Compiler):
+    """Compiles what the folder `path` lacks, and keeps it there."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._last: dict[str, CompiledProgram] = {}
+
+    def target(self, point: Point) -> Target:
+        own = find_chip(point.target.partition(":")[0])
+        roomy = dataclasses.replace(own, hbm_bytes=_ROOM_BYTES)
+        target = parse_target(point.target, roomy if own.kind == "gpu" else None)
+        return dataclasses.replace(target, chip=priced_as(find_chip(point.chip), point))
+
+    def choose(self, program: Program, target: Target, layers: str) -> Program:
+        """Returns `program` with ticks written as on GPUs that are there.
+
+        Of long prompts, the loop would copy as much cache as decode reads.
+        """
+        program = choices.choose(program, target, layers=layers)
+        unroll = program.phase == "decode" and program.partition.stage > 1
+        if unroll and program.layers == "unrolled":
+            return dataclasses.replace(program, ticks="unrolled")
+        return program
+
+    def compile(self, program: Program, target: Target) -> CompiledProgram:
+        name = digest(f"{target.name} {program!r}")
+        if name not in self._last:
+            if len(self._last) > 1:  # both phases of one point
+                self._last.clear()
+            self._last[name] = self._kept(program, target)
+        return self._last[name]
+
+    def _kept(self, program: Program, target: Target) -> CompiledProgram:
+        mesh = make_mesh(target.mesh_devices(program.partition.shape))
+        lowered = program.lower(mesh).as_text()
+        given = (
+            lowered, target.name, sorted(target.compiler_options.items()),
+            sorted(provenance.versions_for(target.platform).items()),
+            sorted(provenance.compiler_flags().items()),
+            dataclasses.astuple(program.workload),
+        )  # fmt: skip
+        path = self._path / f"{digest(repr(given))}.gz"
+        if path.exists():
+            return pickle.loads(gzip.decompress(path.read_bytes()))
+        compiled = dataclasses.replace(program.compile(target), executable=None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(gzip.compress(pickle.dumps(compiled), compresslevel=3))
+        os.replace(part, path)
+        jax.clear_caches()  # else a long sweep keeps every trace
+        return compiled
