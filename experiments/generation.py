@@ -118,7 +118,8 @@ class Generator:
         self._mesh = make_mesh(target.mesh_devices(partition.shape))
         self._compiled: dict[int, tuple[CompiledProgram, CompiledProgram]] = {}
         self._params: Params | None = None
-        self._programs(self.input_len(1))  # refuses what does not fit
+        # Refuses what does not fit; says which layers "auto" is.
+        self.layers = self._programs(self.input_len(1))[1].layers
 
     def input_len(self, length: int) -> int:
         """Returns the prompt length that programs are compiled for."""

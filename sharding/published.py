@@ -94,8 +94,8 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     block = wanted.blocks if layout.layers == "scanned" else wanted.blocks[0]
 
     def widened(homes: Tree) -> Callable[[Tree], Tree]:
-        if layout.model == layout.config:  # arrays that lie so already are not copied
-            return lambda tree: jax.device_put(tree, homes)
+        if layout.model == layout.config:
+            return lambda tree: jax.tree.map(_moved, tree, homes)
         change = functools.partial(widen, config=layout.config, model=layout.model)
         return jax.jit(change, out_shardings=homes)
 
@@ -107,7 +107,12 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     def put(stack: jax.Array, leaf: jax.Array, **home: jax.Array) -> jax.Array:
         return jax.block_until_ready(putting(stack.sharding)(stack, leaf, **home))
 
-    even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
+    if layout.partition.stage > 1:
+        even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
+    else:  # as in the stack, else compilers update it in parts, and gather all of it
+        even = jax.tree.map(
+            lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[1:])), block
+        )
     to_ends, to_block, to_wide = map(widened, (wanted.ends, block, even))
     # Made when the first layer comes, for the ends are the largest arrays to move.
     to_empty = functools.partial(
@@ -222,6 +227,19 @@ def _homes(layout: Layout) -> dict[Part, tuple[int, int]]:
     counts = layout.partition.stage_layers(layout.config)
     places = [(s, i) for s, count in enumerate(counts) for i in range(count)]
     return dict(enumerate(places))
+
+
+def _moved(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns `leaf` where `sharding` says, itself if it lies so already."""
+    if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    return _mover(sharding)(leaf)
+
+
+@functools.cache
+def _mover(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """Returns what moves an array; not `device_put`, which goes by the host."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _put(

@@ -111,6 +111,23 @@ def assert_same(found: Tree, expected: Tree) -> None:
         np.testing.assert_array_equal(leaf, other)
 
 
+def test_a_layer_lies_as_the_stack_that_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a part of every layer is written, and all of them gathered, for each."""
+    found: list[Any] = []
+    original = published._put
+
+    def watched(layout: Layout, stack: Any, leaf: Any, **home: Any) -> jax.Array:
+        jax.debug.inspect_array_sharding(leaf, callback=found.append)
+        return original(layout, stack, leaf, **home)
+
+    monkeypatch.setattr(published, "_put", watched)
+    put(arrays("tiny"), *place("tiny", "dp4", "megatron", "scanned"))
+    assert found
+    assert all(sharding.is_fully_replicated for sharding in found)
+
+
 def test_any_partition_restores_what_any_saved(tmp_path: pathlib.Path) -> None:
     expected = bits(arrays("tiny").items())
     params, before = None, None
