@@ -26,7 +26,7 @@ from sharding import curves
 from sharding.chips import Chip, short_dtype
 from sharding.links import links_s
 
-_ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1, "int8": 1}
+_ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1, "int8": 1, "int4": 0.5}
 _OUTPUT_BYTES = 2  # at least, of an element of a product
 # Which implementations are one kernel, the first that was measured is asked.
 _FUSED = {"prefill": ("cudnn", "xla"), "decode": ("triton", "cudnn")}

@@ -150,9 +150,7 @@ def _measure(
 ) -> Sample:
     mesh = chain.mesh(devices)
     state, operands = chain.abstract(mesh)
-    jitted = jax.jit(chain.program(mesh), donate_argnums=0, keep_unused=True)
-    lowered = jitted.lower(state, operands)
-    compiled = lowered.compile(compiler_options={**chain.options})
+    compiled = chains.compile_chain(chain, mesh, {})
     slots, reason = count(compiled.as_text() or "", chain)
     sample = dataclasses.replace(sample, slots=slots, reason=reason)
     if reason:

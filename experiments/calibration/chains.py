@@ -28,9 +28,10 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from experiments.calibration.points import COLD_BYTES, Point
+from experiments.calibration.points import BYTES, COLD_BYTES, Point
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV
+from jaxllm.quantized import GROUP, Quantized, product
 from sharding.hlo.ledger import Ledger
 
 DTYPES = {
@@ -38,9 +39,15 @@ DTYPES = {
     "fp32": jnp.float32,
     "fp8": jnp.float8_e4m3fn,
     "int8": jnp.int8,
+    "int4": jnp.int4,
 }
-# XLA:GPU reduces small arrays with a kernel of its own unless it is told not to.
-_NCCL = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+# XLA:GPU reduces small arrays with a kernel of its own unless it is told not to: the
+# first option is of jaxlib 0.12, the other of 0.10; what is between may have both.
+_NCCL = (
+    {"xla_gpu_experimental_use_collective_kernels": ""},
+    {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False},
+)
+_OWN_KERNEL = "KERNEL_STRATEGY_TRITON"  # in compiled text
 _BETWEEN = 8  # small kernels between two collectives; XLA makes graphs of five or more
 _FAINT = 0.999  # a factor that leaves values where they are
 
@@ -65,7 +72,8 @@ class Chain:
       devices: it runs on; above one, a mesh of them.
       group: devices in one collective.
       slots: kernels of a link, where the compiled text does not tell.
-      options: of the compiler.
+      options: of the compiler; the first that it knows and that help are taken.
+      avoids: what compiled text must not have; "" for nothing.
     """
 
     state: Any
@@ -78,7 +86,8 @@ class Chain:
     devices: int = 1
     group: int = 1
     slots: int = 1
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Sequence[Mapping[str, Any]] = ({},)
+    avoids: str = ""
 
     def mesh(self, devices: Sequence[Any]) -> Mesh:
         """Returns devices as groups."""
@@ -101,14 +110,15 @@ class Chain:
 
     def program(self, mesh: Mesh) -> Callable[[Any, list[Any]], Any]:
         """Returns the chain as a function of state and operands."""
+        link = jax.jit(self.link)  # traced once; XLA puts it in place again
 
         def run(state: Any, operands: list[Any]) -> Any:
             if self.looped:
-                again = lambda _, x: self.link(x, ())
+                again = lambda _, x: link(x, ())
                 return lax.fori_loop(0, self.links, again, state)
             for i in range(self.links):
                 operand = operands[i % len(operands)] if operands else ()
-                state = self.link(state, operand)
+                state = link(state, operand)
             return state
 
         if self.devices == 1:
@@ -133,6 +143,34 @@ def chain(point: Point, platform: str) -> Chain:
     made = makers[point.name](point, platform)
     looped = platform == "cpu" and point.name in ("kernel", "copy", "vector")
     return dataclasses.replace(made, links=point.links, looped=looped)
+
+
+def compile_chain(wanted: Chain, mesh: Mesh, options: Mapping[str, Any]) -> Any:
+    """Returns a chain compiled for the devices of `mesh`.
+
+    Args:
+      wanted: the chain.
+      mesh: from `Chain.mesh`.
+      options: of the compiler, besides the chain's own.
+
+    Raises:
+      ValueError: no option of the chain's makes the program that it wants.
+    """
+    jitted = jax.jit(wanted.program(mesh), donate_argnums=0, keep_unused=True)
+    lowered = jitted.lower(*wanted.abstract(mesh))
+    for own in wanted.options:
+        try:
+            compiled = lowered.compile(compiler_options={**options, **own})
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            continue
+        if not wanted.avoids or wanted.avoids not in (compiled.as_text() or ""):
+            return compiled
+    raise ValueError(
+        f"{wanted.avoids} is in the program with each of {list(wanted.options)}, or"
+        " the compiler has no such option"
+    )
 
 
 def links_found(ledger: Ledger, wanted: Chain) -> dict[str, float]:
@@ -244,14 +282,21 @@ def _matmul(point: Point, platform: str) -> Chain:
     dtype, stored = DTYPES[str(point.at["dtype"])], DTYPES[str(point.at["weights"])]
     out = {jnp.int8: jnp.int32, jnp.float8_e4m3fn: jnp.bfloat16}.get(dtype, dtype)
 
-    def link(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = lax.dot(x, w.astype(dtype), preferred_element_type=out)
-        return _tie(x, y)
+    def link(x: jax.Array, w: Any) -> jax.Array:
+        if isinstance(w, Quantized):
+            return _tie(x, product(x[None], w))
+        return _tie(x, lax.dot(x, w, preferred_element_type=out))
 
-    weight_bytes = k * n * jnp.dtype(stored).itemsize
+    weights: Any = Array((k, n), stored)
+    if stored == jnp.int4:
+        values = Array((n // GROUP, k, GROUP), stored)
+        weights = Quantized(values=values, scale=Array((n // GROUP, k), dtype))
+    elif stored != dtype:
+        weights = Quantized(values=weights, scale=Array((n,), jnp.float32))
+    weight_bytes = k * n * BYTES[str(point.at["weights"])]
     return Chain(
         state=Array((m, k), dtype),
-        operands=Array((k, n), stored),
+        operands=weights,
         distinct=_distinct(weight_bytes, point.links),
         link=link,
         per_link={"flops": 2 * m * n * k},
@@ -352,8 +397,9 @@ def _collective(point: Point, platform: str) -> Chain:
         devices=int(point.at["devices"]),
         group=group,
         slots=1 + between,
-        options=_NCCL if point.at["by"] == "nccl" else {},
     )
+    if point.at["by"] == "nccl":
+        common |= dict(options=_NCCL, avoids=_OWN_KERNEL)
 
     def wait(y: jax.Array) -> jax.Array:
         for i in range(between):

@@ -136,7 +136,7 @@ def product(
     return Point(name="matmul", at=at, links=_links(chip, work_s, stored))
 
 
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int4": 0.5}
 
 
 def _dtype(size: Size) -> str:
@@ -155,11 +155,11 @@ def _products(
 
 
 def _narrow(chip: Chip, size: Size) -> Iterator[Point]:
-    """Yields products in 8 bits where there are such, and bf16 with 8-bit weights."""
+    """Yields products in 8 bits where there are such, and bf16 with narrow weights."""
     if size != "full":
         return
     shapes = ((4096, 28672), (14336, 4096), (4096, 6144))
-    for weights in ("int8", "fp8"):
+    for weights in ("int8", "fp8", "int4"):
         for k, n in shapes:
             for m in (1, 64):
                 yield product(chip, m, k, n, "bf16", weights)
