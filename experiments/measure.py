@@ -113,6 +113,7 @@ def _how() -> How:
         refuse=_IF_BUSY.value == "refuse",
         warnings=tuple(found),
         profile=_PROFILE.value,
+        out=_OUT.value,
         changes=tuple(changes.items()),
     )
 

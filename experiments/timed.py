@@ -18,7 +18,7 @@ import jax
 
 from experiments import evaluate
 from experiments.evaluate import Ask
-from experiments.report import provenance, units
+from experiments.report import kept, provenance, units
 from experiments.report.frontier import partition_order
 from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
@@ -51,6 +51,7 @@ class How:
       refuse: do not time on devices that another process uses.
       warnings: found before this process used a device.
       profile: folder for a JAX profile of each point, or None.
+      out: folder of the records, where programs are kept beside them; None keeps none.
       changes: to how programs are written; see `sharding.choices.read_changes`.
     """
 
@@ -58,6 +59,7 @@ class How:
     refuse: bool = True
     warnings: tuple[str, ...] = ()
     profile: str | None = None
+    out: str | None = None
     changes: tuple[tuple[str, str], ...] = ()
 
 
@@ -190,6 +192,8 @@ def _timed(
     peak, peak_reason = _peak(target, first_peak)
     if how.profile:
         _profile(pathlib.Path(how.profile), point, generate)
+    if how.out:
+        _keep(pathlib.Path(how.out), point, compiled)
     del generate  # and with it the decode state
 
     answer: dict[str, Any] = dict(
@@ -295,6 +299,18 @@ def _expected(
         f"predicted_{name}_s": parts.total_s,
         program.phase: dataclasses.replace(phase, **scaled),
     }
+
+
+def _keep(
+    folder: pathlib.Path,
+    point: Point,
+    compiled: tuple[CompiledProgram, CompiledProgram],
+) -> None:
+    """Writes the programs that were timed, for `experiments.validate`."""
+    made = provenance.collect()
+    how = {"attached": True, "commit": made.commit, "versions": dict(made.versions)}
+    for phase, program in zip(_PHASES, compiled, strict=True):
+        kept.write(kept.path(folder, point, phase), program, how)
 
 
 def _profile(folder: pathlib.Path, point: Point, generate: Any) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments import evaluate, timed
 from experiments.evaluate import Ask
-from experiments.report import folder, store, tables, terminal
+from experiments.report import folder, kept, store, tables, terminal
 from experiments.report.frontier import Objective, questions
 from experiments.report.record import Point, Record
 from experiments.timed import How
@@ -299,6 +299,10 @@ def test_the_command_times_profiles_and_goes_on(tmp_path: pathlib.Path) -> None:
     (record,), _ = store.read_records(tmp_path / "out")
     assert record.measurement is not None
     assert len(record.measurement.ttft_samples_s) == 2
+    for phase in ("prefill", "decode"):  # what was timed can be priced again
+        compiled, made = kept.read(kept.path(tmp_path / "out", record, phase))
+        assert compiled.text.startswith("HloModule")
+        assert made["attached"]
     # And the cut-off line of a sweep that was killed is seen.
     file.write_bytes(before + before[:-50])
     again = " ".join(_run(ask).split())

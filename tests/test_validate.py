@@ -39,8 +39,8 @@ def _figure(**changes: Any) -> Figure:
     fields: dict[str, Any] = dict(
         metric="tpot", model="llama-3.1-70b", chip="h100", rates=PEAKS,
         partition="tp8", rules="megatron", dtypes="bfloat16", layers="unrolled",
-        asked_micro_batches=None, num_chips=8, batch_size=16, input_len=2048,
-        output_len=128, measured_s=0.010, spread=0.0, predicted_s=0.008,
+        asked_micro_batches=None, choices="", num_chips=8, batch_size=16,
+        input_len=2048, output_len=128, measured_s=0.010, spread=0.0, predicted_s=0.008,
         recorded_s=0.009, source="somewhere",
     )  # fmt: skip
     return Figure(**{**fields, **changes})
@@ -216,6 +216,7 @@ class TestBand:
             dict(layers="scanned"),
             dict(context={"rates": "measured on 2 x H100"}),
             dict(context={"rates": ""}),
+            dict(context={"rates": PEAKS, "choice residual": "plain"}),
         ],
     )
     def test_is_of_its_kind_alone(self, changes: dict[str, Any]) -> None:

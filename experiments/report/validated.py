@@ -23,6 +23,7 @@ from sharding.tensor import MEGATRON
 PATH = Path(__file__).with_name("validation.json")
 SCHEMA = 1
 METRICS = ("ttft", "tpot")
+_CHOICE = "choice "  # begins their names in a record's context
 NOT_VALIDATED = "not validated here"
 
 
@@ -36,6 +37,7 @@ class Figure:
         the record.
       dtypes: of activations, and of weights and cache where they have their own.
       asked_micro_batches: into which prefill was to be cut; null if that was left open.
+      choices: how its programs were asked to be written, or "".
       num_chips: that the partition uses.
       rates: where the chip's rates are from; see `Chip.rates_from`.
       measured_s: median of the samples.
@@ -54,6 +56,7 @@ class Figure:
     dtypes: str
     layers: str
     asked_micro_batches: int | None
+    choices: str
     num_chips: int
     batch_size: int
     input_len: int
@@ -76,8 +79,9 @@ class Figure:
 
     @property
     def label(self) -> str:
-        """The partition, with its rules if they are not the usual ones."""
-        return " ".join([self.partition, *{self.rules} - {MEGATRON.name}])
+        """The partition, with its rules and choices if they are not the usual ones."""
+        own = {self.rules, self.choices} - {MEGATRON.name, ""}
+        return " ".join([self.partition, *sorted(own)])
 
     @property
     def kind(self) -> str:
@@ -89,7 +93,7 @@ class Figure:
         """What a prediction must share to have the error of this figure."""
         return (
             self.metric, self.chip, self.rates, self.kind, self.rules,
-            self.dtypes, self.layers,
+            self.dtypes, self.layers, self.choices,
         )  # fmt: skip
 
 
@@ -112,6 +116,16 @@ def dtypes_of(record: Record) -> str:
     return ", ".join(
         [record.dtype, *(f"{name} {dtype}" for name, dtype in own.items() if dtype)]
     )
+
+
+def choices_of(record: Record) -> str:
+    """Returns how a record's programs were asked to be written, "" if nothing was."""
+    asked = [
+        f"{name.removeprefix(_CHOICE)}={value}"
+        for name, value in record.context.items()
+        if name.startswith(_CHOICE)
+    ]
+    return ",".join(sorted(asked))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +209,7 @@ def band(
         record.rules,
         dtypes_of(record),
         record.layers,
+        choices_of(record),
     )
     return known.get(alike)
 

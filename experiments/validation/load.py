@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.report import store
+from experiments.report import store, validated
 from experiments.report.record import Record
 from experiments.validation.predict import Measured
 
@@ -65,6 +65,7 @@ def _question(record: Record) -> tuple[object, ...]:
     return (
         r.model, r.chip, r.num_devices, r.partition, r.rules, r.dtype, *own, r.layers,
         r.batch_size, r.input_len, r.output_len, r.asked_micro_batches,
+        validated.choices_of(r),
     )  # fmt: skip
 
 

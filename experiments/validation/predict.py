@@ -116,10 +116,7 @@ class AsMeasured(evaluate.Compiler):
         """Returns `program` as the record says that it was written."""
         ran: PhaseRecord | None = getattr(self._measured.record, program.phase)
         if ran is None:  # it could not be counted when it ran
-            raise NotAgain(
-                f"No {program.phase} of {self._measured}: its record does not say how"
-                " it was written."
-            )
+            return program
         # A record without one of these fields is older than the choice.
         how: dict[str, Any] = {
             name: value for name in _WRITING if (value := getattr(ran, name, None))
@@ -142,6 +139,11 @@ class AsMeasured(evaluate.Compiler):
                     " same commit and versions, for described devices."
                 )
             return compiled
+        if getattr(one.record, phase) is None or validated.choices_of(one.record):
+            raise NotAgain(
+                f"No {phase} of {one}: its record does not say how it was written, and"
+                f" it is not kept in {file.parent}."
+            )
         if attention.refusal(program.attention, program.config, program.dtype, target):
             raise NotAgain(
                 f"No {phase} of {one}: it ran with attention {program.attention!r},"
@@ -190,6 +192,7 @@ def figure(measured: Measured, metric: str, chip: Chip, predicted_s: float) -> F
         dtypes=validated.dtypes_of(r),
         layers=r.layers,
         asked_micro_batches=r.asked_micro_batches,
+        choices=validated.choices_of(r),
         num_chips=r.num_chips,
         batch_size=r.batch_size,
         input_len=r.input_len,

@@ -205,7 +205,7 @@ def _point_of(figure: Figure) -> tuple[Any, ...]:
     f = figure
     return (
         f.model, f.chip, f.rates, f.partition, f.rules, f.dtypes, f.layers,
-        f.batch_size, f.input_len, f.output_len, f.asked_micro_batches,
+        f.batch_size, f.input_len, f.output_len, f.asked_micro_batches, f.choices,
     )  # fmt: skip
 
 
