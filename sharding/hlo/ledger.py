@@ -23,11 +23,15 @@ from sharding.hlo.groups import AxisNamer
 from sharding.hlo.loops import Loop as Loop
 from sharding.hlo.loops import Scope, call_args, enter_branches, enter_loop
 from sharding.hlo.opcodes import FREE, TRANSFERS, base_opcode
+from sharding.hlo.pairs import started_by
 from sharding.hlo.reader import Computation, Instruction, Module, read_module
+from sharding.hlo.records import Block, Steps, Wait
 from sharding.hlo.records import Collective as Collective
 from sharding.hlo.records import Cost as Cost
 from sharding.hlo.records import Ledger as Ledger
+from sharding.hlo.records import Step as Step
 from sharding.hlo.source import read_sources
+from sharding.hlo.steps import StepMaker, sent
 from sharding.hlo.traffic import TrafficCounter
 
 # To choose the costliest branch of a conditional: FLOPs that take as long as a
@@ -89,8 +93,10 @@ class _Tally:
         self.found: list[tuple[Found, int, str, str, str, bool]] = []
         self.loops: list[Loop] = []
         self.warnings: list[str] = []
+        self.steps: list[Step | Wait | Block] = []
 
     def add(self, other: "_Tally") -> None:
+        self.steps += other.steps
         self.costs += other.costs
         self.found += other.found
         self.loops += other.loops
@@ -132,6 +138,8 @@ class _Walker:
         )
         self._collectives = CollectiveFinder(module, namer)
         self._sources = read_sources(module)
+        self._maker = StepMaker(module, self._flops)
+        self._started = ""  # what the walk is inside of, if nothing waits for it yet
         self._tally = _Tally()
         self._visited = 0
         size = sum(len(c.instructions) for c in module.computations.values())
@@ -149,7 +157,15 @@ class _Walker:
             collectives=_merge(self._tally.found),
             loops=tuple(self._tally.loops),
             warnings=tuple(dict.fromkeys(self._tally.warnings)),
+            steps=tuple(self._tally.steps),
         )
+
+    def _steps(self, computation: Computation, scope: Scope, loop: str) -> Steps:
+        """Adds runs of `computation`; returns its steps instead of adding them."""
+        outer, self._tally.steps = self._tally.steps, []
+        self.walk(computation, scope, loop)
+        inner, self._tally.steps = self._tally.steps, outer
+        return tuple(inner)
 
     def walk(self, computation: Computation, scope: Scope, loop: str) -> None:
         """Adds `scope.count` runs of `computation`."""
@@ -187,13 +203,21 @@ class _Walker:
         elif opcode in ("call", "async-start"):
             name = instruction.called("to_apply") or instruction.called("calls")
             called = self._module.called(name, instruction, computation)
+            outer = self._started
+            if instruction.opcode.endswith("-start"):
+                self._started = instruction.name
             self._enter(called, instruction.operands, computation, scope, loop)
+            self._started = outer
         elif opcode == "custom-call" and (name := custom_calls.offloaded(instruction)):
             self.walk(self._module.computation(name, instruction), scope, loop)
         elif opcode in TRANSFERS:
             self._transfer(instruction)
-        elif opcode == "":
-            _check_done(instruction, computation)
+        elif opcode in ("", "async-done"):
+            if opcode == "":
+                _check_done(instruction, computation)
+            if not instruction.opcode.endswith("-update"):
+                name = started_by(instruction, computation)
+                self._tally.steps.append(Wait(name=name))
         elif opcode not in FREE:
             self._run(instruction, computation, scope, loop)
 
@@ -218,6 +242,7 @@ class _Walker:
         scope: Scope,
         loop: str,
     ) -> None:
+        sends: list[Collective] = []
         for found in self._collectives.of(instruction, computation):
             if found.group_size > 1:
                 op_name, source = self._where(found.instruction, instruction)
@@ -225,25 +250,29 @@ class _Walker:
                 self._tally.found.append(
                     (found, scope.count, op_name, source, loop, scope.per_iteration)
                 )
+                sends.append(sent(found, op_name, source, loop))
         flops = self._flops.of(instruction, computation)
         hbm_bytes = self._traffic.of(instruction, computation)
+        cost = None
         if flops.total or hbm_bytes:
             op_name, source = self._sources.of(instruction)
-            self._tally.costs.append(
-                Cost(
-                    name=instruction.name,
-                    opcode=instruction.opcode,
-                    computation=computation.name,
-                    count=scope.count,
-                    flops=flops.total,
-                    matmul_flops=flops.matmul,
-                    hbm_bytes=hbm_bytes,
-                    op_name=op_name,
-                    source=source,
-                    loop=loop,
-                    per_iteration=scope.per_iteration,
-                )
+            cost = Cost(
+                name=instruction.name,
+                opcode=instruction.opcode,
+                computation=computation.name,
+                count=scope.count,
+                flops=flops.total,
+                matmul_flops=flops.matmul,
+                hbm_bytes=hbm_bytes,
+                op_name=op_name,
+                source=source,
+                loop=loop,
+                per_iteration=scope.per_iteration,
             )
+            self._tally.costs.append(cost)
+        self._tally.steps += self._maker.of(
+            instruction, computation, cost, tuple(sends), self._started
+        )
 
     def _where(self, inner: Instruction, outer: Instruction) -> tuple[str, str]:
         """Returns where a collective is from, or else the fusion that it is in."""
@@ -293,10 +322,15 @@ class _Walker:
                 f"{instruction.name}{f' ({source})' * bool(source)} runs a"
                 " data-dependent number of times; one iteration of it is counted."
             )
+        steps: Steps = ()
         for key, inner in (("body", body), ("condition", condition)):
             name = instruction.called(key)
             called = self._module.called(name, instruction, computation)
-            self.walk(called, inner, record.label)
+            found = self._steps(called, inner, record.label)
+            # Devices that know how often a loop runs do not look at its condition.
+            steps += found if key == "body" or trips is None else ()
+        times = 1.0 if trips is None else trips
+        self._tally.steps.append(Block(label=record.label, times=times, steps=steps))
 
     def _conditional(
         self,
@@ -316,7 +350,11 @@ class _Walker:
         )
         if scopes:
             for branch, inner in zip(called, scopes, strict=True):
-                self.walk(branch, inner, loop)
+                steps = self._steps(branch, inner, loop)
+                if steps:
+                    share = inner.count / scope.count
+                    block = Block(label="", times=share, steps=steps)
+                    self._tally.steps.append(block)
             return
         outer, tallies = self._tally, []
         for index, branch in enumerate(called):

@@ -69,17 +69,95 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+    """`batch` matrix products [m, k] @ [k, n], each with its own [k, n].
+
+    Attributes:
+      dtype: of the wider operand, as HLO calls it.
+      weight_bytes: of all [k, n] as they are stored.
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One instruction that takes time, at its place in the schedule.
+
+    Attributes:
+      name: of the instruction; a `Wait` for it has the same.
+      cost: what it computes and moves; None if it only sends.
+      products: the matrix products in it.
+      attention: "prefill" or "decode" if it is a library's fused attention.
+      is_cold: most of what it reads came into the program, as weights do.
+      sends: the collectives that it is or holds, of one execution.
+      is_beside: it starts here, and what follows does not wait for it.
+      is_kernel: of the program's own stream; else the collectives' library or an
+        engine that copies runs it.
+      cycles: what XLA:TPU thinks that it takes.
+    """
+
+    name: str
+    cost: Cost | None
+    products: tuple[Product, ...] = ()
+    attention: str = ""
+    is_cold: bool = False
+    sends: tuple[Collective, ...] = ()
+    is_beside: bool = False
+    is_kernel: bool = True
+    cycles: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wait:
+    """What follows needs the result of a `Step` that was started.
+
+    Attributes:
+      name: of the step; "" for the one that was started first, where a loop hands
+        it on.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Steps that run `times` in a row each time they are come to.
+
+    Attributes:
+      label: of the loop, as `Loop.label`; "" for a branch.
+      times: the mean, so of a branch the share of times that it is taken.
+    """
+
+    label: str
+    times: float
+    steps: "Steps"
+
+
+Steps = tuple[Step | Wait | Block, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
     """What ONE device does in ONE call of a program.
 
     Of a loop whose length depends on data, every figure holds one iteration; see
     `data_dependent_loops` and `inside`.
+
+    Attributes:
+      steps: all of it in the order in which it was scheduled.
     """
 
     costs: tuple[Cost, ...]
     collectives: tuple[Collective, ...]
     loops: tuple[Loop, ...] = ()
     warnings: tuple[str, ...] = ()
+    steps: Steps = ()
 
     @property
     def flops(self) -> int:
@@ -108,6 +186,7 @@ class Ledger:
             costs=tuple(c for c in self.costs if loop.holds(c.loop)),
             collectives=tuple(c for c in self.collectives if loop.holds(c.loop)),
             loops=tuple(inner for inner in self.loops if loop.holds(inner.enclosing)),
+            steps=_inside(self.steps, loop),
         )
 
     def by_axis(self) -> dict[str, tuple[Collective, ...]]:
@@ -125,3 +204,13 @@ class Ledger:
             )
         ranked = sorted(self.costs, key=lambda c: -c.count * getattr(c, by))
         return tuple(ranked[:limit])
+
+
+def _inside(steps: Steps, loop: Loop) -> Steps:
+    """Returns the steps of `loop`, as often as they run each time it is entered."""
+    found: list[Step | Wait | Block] = []
+    for step in steps:
+        if isinstance(step, Block):
+            is_it = step.label == loop.label
+            found += [step] if is_it else _inside(step.steps, loop)
+    return tuple(found)
