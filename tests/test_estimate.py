@@ -48,8 +48,9 @@ def _row(
     )
 
 
+H100 = CHIPS["h100"].published()
 TOY = dataclasses.replace(
-    CHIPS["h100"],
+    H100,
     name="toy",
     flops_per_s={"bf16": 1000.0},
     vector_flops_per_s=100.0,
@@ -59,7 +60,7 @@ TOY = dataclasses.replace(
     collective_latency_s=0.5,
     hop_latency_s=0.25,
     call_overhead_s=7.0,
-    sources={key: "made up" for key in CHIPS["h100"].figures()},
+    sources={key: "made up" for key in H100.figures()},
 )
 LEDGER = Ledger(
     costs=(
@@ -222,7 +223,7 @@ def test_small_all_reduce_is_near_the_measured_one(
 ) -> None:
     """2 x H100, jax 0.11.2, 2026-11-22; large ones stay under, as links do."""
     row = _row(wire_bytes=payload_bytes)
-    assert collective_time_s(row, CHIPS["h100"]) == pytest.approx(measured_s, rel=0.1)
+    assert collective_time_s(row, H100) == pytest.approx(measured_s, rel=0.1)
 
 
 def test_group_of_one_sends_nothing() -> None:
