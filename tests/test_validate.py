@@ -39,7 +39,7 @@ def _figure(**changes: Any) -> Figure:
     fields: dict[str, Any] = dict(
         metric="tpot", model="llama-3.1-70b", chip="h100", rates=PEAKS,
         partition="tp8", rules="megatron", dtypes="bfloat16", layers="unrolled",
-        asked_micro_batches=None, choices="", num_chips=8, batch_size=16,
+        asked_micro_batches=None, choices="", kernels="", num_chips=8, batch_size=16,
         input_len=2048, output_len=128, measured_s=0.010, spread=0.0, predicted_s=0.008,
         recorded_s=0.009, source="somewhere",
     )  # fmt: skip
@@ -223,6 +223,15 @@ class TestBand:
         record = dataclasses.replace(self._record(), **changes)
         assert validated.band(record, "tpot", self.known) is None
         assert validated.band(self._record(), "ttft", self.known) is None
+
+    def test_other_attention_is_another_program(self) -> None:
+        figures = [_figure(metric="ttft", kernels="cudnn")]
+        record, known = self._record(), validated.bands(figures)
+        assert record.prefill is not None
+        for attention, found in (("cudnn", True), ("blocks", False)):
+            prefill = dataclasses.replace(record.prefill, attention=attention)
+            written = dataclasses.replace(record, prefill=prefill)
+            assert bool(validated.band(written, "ttft", known)) == found
 
     def test_stands_in_every_report(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(validated, "committed", lambda: self.known)

@@ -4,7 +4,7 @@
 predicted again, in `validation.json` beside this file. A report shows beside a
 prediction the `Band` of the figures that are like it: of the same chip, priced from
 the same rates (published or measured), and of the same kind of partition, rules,
-dtypes and phase. What nothing is like is not validated.
+dtypes, phase and kernels. What nothing is like is not validated.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ PATH = Path(__file__).with_name("validation.json")
 SCHEMA = 1
 METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
+_KERNELS = ("attention", "token_attention", "residual")  # of a phase's record
 NOT_VALIDATED = "not validated here"
 
 
@@ -38,6 +39,7 @@ class Figure:
       dtypes: of activations, and of weights and cache where they have their own.
       asked_micro_batches: into which prefill was to be cut; null if that was left open.
       choices: how its programs were asked to be written, or "".
+      kernels: that the phase was written with; see `kernels_of`.
       num_chips: that the partition uses.
       rates: where the chip's rates are from; see `Chip.rates_from`.
       measured_s: median of the samples.
@@ -57,6 +59,7 @@ class Figure:
     layers: str
     asked_micro_batches: int | None
     choices: str
+    kernels: str
     num_chips: int
     batch_size: int
     input_len: int
@@ -93,7 +96,7 @@ class Figure:
         """What a prediction must share to have the error of this figure."""
         return (
             self.metric, self.chip, self.rates, self.kind, self.rules,
-            self.dtypes, self.layers, self.choices,
+            self.dtypes, self.layers, self.choices, self.kernels,
         )  # fmt: skip
 
 
@@ -126,6 +129,16 @@ def choices_of(record: Record) -> str:
         if name.startswith(_CHOICE)
     ]
     return ",".join(sorted(asked))
+
+
+def kernels_of(record: Record, metric: str) -> str:
+    """Returns which kernels a phase was written with, "" where a record says nothing.
+
+    Attention in blocks, whose scores are in memory, says nothing of cuDNN's.
+    """
+    phase = record.prefill if metric == "ttft" else record.decode
+    found = [getattr(phase, name, None) for name in _KERNELS]
+    return ", ".join(kernel for kernel in found if kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +223,7 @@ def band(
         dtypes_of(record),
         record.layers,
         choices_of(record),
+        kernels_of(record, metric),
     )
     return known.get(alike)
 

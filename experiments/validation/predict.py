@@ -21,7 +21,7 @@ from sharding.target import GPUS, Target, parse_target
 
 _PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
 # Fields of a `Program` that say how it is written, under the same name in a record.
-_WRITING = ("layers", "attention", "token_attention")
+_WRITING = ("layers", "attention", "token_attention", "residual")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +193,7 @@ def figure(measured: Measured, metric: str, chip: Chip, predicted_s: float) -> F
         layers=r.layers,
         asked_micro_batches=r.asked_micro_batches,
         choices=validated.choices_of(r),
+        kernels=validated.kernels_of(r, metric),
         num_chips=r.num_chips,
         batch_size=r.batch_size,
         input_len=r.input_len,
