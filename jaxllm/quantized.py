@@ -138,6 +138,8 @@ def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
         # Where D is split over devices, they add up narrow results: scales come after.
         out = jnp.einsum("BTD,DN->BTN", x, values).astype(jnp.float32)
         return (out * weight.scale[None, None]).astype(x.dtype)
+    # Else XLA:GPU scales where `x` is made, and writes a copy of it for every group.
+    x = jax.lax.optimization_barrier(x)
     rows = x[None] * weight.scale.astype(x.dtype)[:, None, None]
     out = jnp.einsum("JBTD,JDg->BTJg", rows, values)
     return out.reshape(*x.shape[:2], -1)
@@ -153,3 +155,13 @@ def narrow_like(new: Any, old: Any) -> Any:
 def kv_dtype(form: KVFormat | None, dtype: DTypeLike) -> Any:
     """Returns the dtype in which a cache in `form` stores keys and values."""
     return jnp.dtype(dtype if form is None else _DTYPES[form])
+
+
+def kv_row_bytes(form: KVFormat | None, dtype: DTypeLike, width: int) -> int:
+    """Returns the bytes of one token's key, or value, of one head, its scale included.
+
+    Example:
+      >>> kv_row_bytes(None, "bfloat16", 128), kv_row_bytes("int8", "bfloat16", 128)
+      (256, 132)
+    """
+    return width * kv_dtype(form, dtype).itemsize + (4 if form else 0)

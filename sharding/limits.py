@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jaxllm.model import layer_bytes
+from jaxllm.quantized import kv_row_bytes
 from sharding.attention import KERNELS
 from sharding.chips import Chip
 from sharding.links import links_used
@@ -21,7 +23,7 @@ class Work:
 
     Attributes:
       flops: multiply-adds of matrix products, times two.
-      hbm_bytes: weights and cache that must be read.
+      hbm_bytes: weights and cache that must be read, as they are stored, with scales.
       wire_bytes: that must be sent, by mesh axis.
     """
 
@@ -116,7 +118,10 @@ def _blocks_and_head(program: Program) -> tuple[Work, Work]:
         tokens, groups, cached = batch * workload.input_len, 1, workload.input_len
         seen = workload.input_len * (workload.input_len + 1) / 2
     # Replicas hold the same weights; under two_d, the data axis splits them too.
-    readings = groups * partition.data // partition.ways("embed") * itemsize / devices
+    readings = groups * partition.data // partition.ways("embed") / devices
+    layer = layer_bytes(config, program.dtype, program.weights)
+    row = kv_row_bytes(program.kv, program.dtype, config.head_dim)
+    cache = 2 * config.num_layers * config.num_kv_heads * row * batch
     matmul = config.layer_params - 2 * config.embed_dim
     attention = 4 * config.num_heads * config.head_dim * batch * seen
     table = config.embed_dim * config.vocab_size
@@ -130,13 +135,12 @@ def _blocks_and_head(program: Program) -> tuple[Work, Work]:
         wire["stage"] = stream
     blocks = Work(
         flops=config.num_layers * (2 * tokens * matmul + attention) / devices,
-        hbm_bytes=config.num_layers * config.layer_params * readings
-        + config.cache_bytes(batch, itemsize) * cached / devices,
+        hbm_bytes=config.num_layers * layer * readings + cache * cached / devices,
         wire_bytes=wire,
     )
     head = Work(
         flops=2 * batch * table / devices,
-        hbm_bytes=table * readings,
+        hbm_bytes=table * itemsize * readings,
         wire_bytes={},
     )
     return blocks, head
