@@ -21,7 +21,7 @@ from jaxllm.attention import (
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere
-from jaxllm.model import Attend, Join, Params, Tree, bind_ends, run_blocks
+from jaxllm.model import Attend, Params, Steps, Tree, bind_ends, run_blocks
 
 # Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
 Lookup = Callable[[Array, Array], Array]
@@ -279,7 +279,7 @@ def decode_step(
     place: Place = anywhere,
     lookup: Lookup = whole_table,
     attention: TokenAttention | None = None,
-    join: Join | None = None,
+    steps: Steps | None = None,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Runs one token of every sequence; returns the cache and the next logits.
 
@@ -292,7 +292,7 @@ def decode_step(
       place: pins activations.
       lookup: how tokens are embedded.
       attention: of the token over the cache; see `token_attend`.
-      join: what adds to the residual stream; see `jaxllm.model`.
+      steps: parts of each block as kernels; see `jaxllm.model`.
     """
     ends = bind_ends(config, params.ends)
     x = lookup(ends.embedding[...], tokens[:, None])
@@ -306,6 +306,6 @@ def decode_step(
         angles_at(where, config),
         token_attend(positions, place, attention),
         place,
-        join=join,
+        steps=steps,
     )
     return cache, ends.logits(x[:, 0], place)

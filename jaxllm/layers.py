@@ -8,6 +8,7 @@ compiler likes, with columns ordered so that every shard holds whole pieces.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +91,11 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-def _columns(x: Array, weight: nnx.Param, slots: tuple[int, ...]) -> Array:
+def _columns(
+    x: Array, weight: nnx.Param, slots: tuple[int, ...], multiply: Any = product
+) -> Array:
     """Returns `x` times `weight`, with the columns told apart as `slots`."""
-    out = product(x, weight.get_value())
+    out = multiply(x, weight.get_value())
     # Else XLA:TPU tells the weight's columns apart too, and copies the whole weight.
     out = jax.lax.optimization_barrier(out)
     return out.reshape(*out.shape[:2], *slots)
@@ -128,11 +131,19 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T P"],
         place: Place = anywhere,
+        multiply: Callable[[Array, Any], Array] = product,
     ) -> tuple[
         Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
     ]:
-        """Returns rotated queries, rotated keys and values."""
-        qkv = _columns(x, self.w_qkv, self.slots)
+        """Returns rotated queries, rotated keys and values.
+
+        Args:
+          x: the stream, normed.
+          angles: rotary angles of its positions.
+          place: pins activations.
+          multiply: what multiplies it with a weight.
+        """
+        qkv = _columns(x, self.w_qkv, self.slots, multiply)
         qkv = place(qkv, ("cache_batch", "seq", "heads", None, "head_dim"))
         rotated = rotate(qkv[:, :, :, :-1], angles)
         return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]

@@ -30,9 +30,19 @@ Part = int | Literal["ends"]  # A decoder block, or what stands around all of th
 # Attention of new queries, keys and values with a layer's cache, which it updates.
 Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]
 
-# Adds to a residual stream the product of an activation, whose last dimension has the
-# given name, with a weight; returns the stream and, of a scale, its norm.
-Join = Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]]
+
+class Steps(NamedTuple):
+    """Parts of a block as kernels of one's own.
+
+    Attributes:
+      project: multiplies an activation with the weight of queries, keys and values.
+      join: adds to a residual stream the product of an activation, whose last
+        dimension has the given name, with a weight; returns the stream and, of a
+        scale, its norm.
+    """
+
+    project: Callable[[Array, Any], Array]
+    join: Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]]
 
 
 class Block(nnx.Module):
@@ -51,7 +61,7 @@ class Block(nnx.Module):
         cache: CacheLayer,
         attend: Attend,
         place: Place = anywhere,
-        join: Join | None = None,
+        steps: Steps | None = None,
         *,
         normed: Float[Array, "B T D"] | None = None,
         then: Float[Array, " D"] | None = None,
@@ -64,33 +74,36 @@ class Block(nnx.Module):
           cache: of this layer.
           attend: what attention does.
           place: pins activations.
-          join: what adds to the residual stream; None: ordinary operations.
-          normed: `x` after this block's first norm, where `join` has made it.
-          then: scale of the norm that follows this block, for `join` to make it.
+          steps: parts of the block as kernels; None: ordinary operations.
+          normed: `x` after this block's first norm, where `steps` have made it.
+          then: scale of the norm that follows this block, for `steps` to make it.
         """
         with jax.named_scope("attention"):
             inner = self.attention_norm(x) if normed is None else normed
             inner = place(inner, ("batch", "seq", "embed"))
-            q, k, v = self.attention.project_in(inner, angles, place)
+            multiply = steps.project if steps else product
+            q, k, v = self.attention.project_in(inner, angles, place, multiply)
             heads, cache = attend(q, k, v, cache)
             flat = self.attention.flatten(heads, place)
             weight = self.attention.w_out.get_value()
-            if join is None:
+            if steps is None:
                 out = product(flat, weight)
                 x = x + place(out, ("batch", "residual_seq", "embed"))
                 inner = self.mlp_norm(x)
             else:
-                x, inner = join(x, flat, "heads", weight, self.mlp_norm.scale[...])
+                x, inner = steps.join(
+                    x, flat, "heads", weight, self.mlp_norm.scale[...]
+                )
         with jax.named_scope("mlp"):
             inner = place(inner, ("batch", "seq", "embed"))
             hidden = self.mlp.hidden(inner, place)
             weight = self.mlp.w_down.get_value()
-            if join is None:
+            if steps is None:
                 out = product(hidden, weight)
                 x = x + place(out, ("batch", "residual_seq", "embed"))
                 normed = None
             else:
-                x, normed = join(x, hidden, "mlp", weight, then)
+                x, normed = steps.join(x, hidden, "mlp", weight, then)
         return x, cache, normed
 
 
@@ -286,7 +299,7 @@ def run_blocks(
     place: Place = anywhere,
     *,
     cache_at: CacheLayer | None = None,
-    join: Join | None = None,
+    steps: Steps | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs `x` through the blocks.
 
@@ -300,7 +313,7 @@ def run_blocks(
       attend: what attention does; gets and returns the layer's cache.
       place: pins activations.
       cache_at: where in each cache to read and write (`kv` is ignored).
-      join: what adds to the residual stream; None: ordinary operations.
+      steps: parts of each block as kernels; None: ordinary operations.
 
     Returns:
       The residual stream and the updated caches.
@@ -312,7 +325,7 @@ def run_blocks(
     ) -> tuple[Array, KV, Array | None]:
         layer = CacheLayer(kv=kv, index=index, row=at.row, keep=at.keep)
         block = bind_block(config, tree)
-        x, layer, normed = block(x, angles, layer, attend, place, join, **norms)
+        x, layer, normed = block(x, angles, layer, attend, place, steps, **norms)
         return x, layer.kv, normed
 
     if isinstance(blocks, tuple):
@@ -323,7 +336,7 @@ def run_blocks(
 
         done, normed = [], None
         for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
-            following = blocks[i + 1] if join and i + 1 < len(blocks) else None
+            following = blocks[i + 1] if steps and i + 1 < len(blocks) else None
             then = following and following["attention_norm"]["scale"]
             with jax.named_scope(f"layer_{i}"):
                 x, kv, normed = block(x, tree, kv, normed, then)

@@ -71,7 +71,7 @@ def refusal(*, width: int) -> str | None:
 
 def add_and_norm(
     x: Float[Array, "B D"],
-    part: Float[Array, "B D"],
+    part: Float[Array, "B D"] | Float[Array, "P B D"],
     scale: Float[Array, " D"] | None,
     eps: float,
     *,
@@ -85,7 +85,7 @@ def add_and_norm(
 
     Args:
       x: residual stream, the same on all peers.
-      part: what this device adds to it.
+      part: what this device adds to it; of several, their sum.
       scale: of the norm; None: there is none.
       eps: of the norm.
       mailbox: how peers reach each other; None: there are none.
@@ -100,9 +100,9 @@ def add_and_norm(
     batch, width = x.shape
     if reason := refusal(width=width):
         raise ValueError(reason)
-    if mailbox and part.dtype != jnp.bfloat16:
+    if mailbox and x.dtype != jnp.bfloat16:
         raise ValueError(
-            f"residual kernel between devices in {part.dtype.name}: it sends words of"
+            f"residual kernel between devices in {x.dtype.name}: it sends words of"
             " two bfloat16 numbers. Use residual='plain', which has no such limit."
         )
     if mailbox and (batch > mailbox.rows or width != mailbox.width):
@@ -113,12 +113,15 @@ def add_and_norm(
     row = pl.BlockSpec((None, width), lambda b: (b, 0))
     whole = functools.partial(pl.BlockSpec, index_map=lambda b: (0,))
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    inputs: list[tuple[Array, pl.BlockSpec]] = [(x, row), (part, row)]
+    pieces = part.reshape(-1, batch, width)
+    each = pl.BlockSpec((pieces.shape[0], None, width), lambda b: (0, b, 0))
+    inputs: list[tuple[Array, pl.BlockSpec]] = [(x, row), (pieces, each)]
     outputs: list[tuple[Any, pl.BlockSpec]] = [(shape, row)]
     says = cost(
         matmul_flops=0,
-        other_flops=(1 if scale is None else 5) * x.size,
-        hbm_bytes=(3 if scale is None else 4) * x.size * x.dtype.itemsize,
+        other_flops=(0 if scale is None else 4) * x.size + pieces.size,
+        hbm_bytes=(2 if scale is None else 3) * x.size * x.dtype.itemsize
+        + pieces.size * pieces.dtype.itemsize,
     )
     if scale is not None:
         inputs.append((scale, whole((width,))))
@@ -133,7 +136,7 @@ def add_and_norm(
         says |= {
             "collective": "all-reduce",
             "replica_groups": groups,
-            "payload_bytes": str(part.size * part.dtype.itemsize),
+            "payload_bytes": str(x.size * x.dtype.itemsize),
         }
     kernel = functools.partial(
         _add_and_norm, eps=None if scale is None else eps, mailbox=mailbox
@@ -162,9 +165,9 @@ def _add_and_norm(*refs: Any, eps: float | None, mailbox: Mailbox | None) -> Non
     # Even and odd numbers apart: a word that is sent holds one of each.
     even = 2 * jnp.arange(x_ref.shape[0] // 2)
     halves = (even, even + 1)
-    parts = [plgpu.load(part_ref.at[at]) for at in halves]
-    sums = [part.astype(jnp.float32) for part in parts]
+    sums = [_sum(part_ref, at) for at in halves]
     if mailbox:
+        parts = [part.astype(x_ref.dtype) for part in sums]
         sums, done = _exchange(parts, mailbox, *peers)
         rest[-1][...] = done
     total = []
@@ -181,6 +184,14 @@ def _add_and_norm(*refs: Any, eps: float | None, mailbox: Mailbox | None) -> Non
     for at, half in zip(halves, wide, strict=True):
         scale = plgpu.load(scale_ref.at[at])
         plgpu.store(normed_ref.at[at], (half * factor).astype(scale.dtype) * scale)
+
+
+def _sum(part_ref: Any, at: Array) -> Array:
+    """Returns the sum of all pieces at positions `at`, in float32."""
+    total = jnp.zeros(at.shape, jnp.float32)
+    for i in range(part_ref.shape[0]):
+        total += plgpu.load(part_ref.at[i, at]).astype(jnp.float32)
+    return total
 
 
 def _exchange(

@@ -43,7 +43,7 @@ from jaxllm.decode import (
     token_attend,
 )
 from jaxllm.layers import Place, angles_at
-from jaxllm.model import Join, Params, Tree, bind_ends, run_blocks
+from jaxllm.model import Params, Steps, Tree, bind_ends, run_blocks
 from sharding.layout import State, Ticks
 
 _AXIS = "stage"
@@ -62,7 +62,7 @@ class Pipeline:
       place: pins activations over the axes that the compiler handles.
       attention: of a prompt over itself.
       token_attention: of one token over the cache; see `token_attend`.
-      join: what adds to the residual stream of a token; see `jaxllm.model`.
+      steps: parts of each block of a decoded token as kernels; see `jaxllm.model`.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -80,7 +80,7 @@ class Pipeline:
     place: Place
     attention: PromptAttention
     token_attention: TokenAttention | None
-    join: Join | None
+    steps: Steps | None
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -290,7 +290,7 @@ class Pipeline:
             token_attend(position, self.place, self.token_attention),
             self.place,
             cache_at=at,
-            join=self.join,
+            steps=self.steps,
         )
         if apart:
             new = tuple(

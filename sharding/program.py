@@ -29,7 +29,7 @@ from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
-from jaxllm.model import Join, Layers, Params
+from jaxllm.model import Layers, Params, Steps
 from jaxllm.norm_kernel import Mailbox
 from jaxllm.quantized import KVFormat, WeightFormat
 from sharding import residual, vocab
@@ -449,7 +449,7 @@ class Program:
             self.attention, self.partition.rules, MESH_AXES, self._manual
         )
 
-    def _join(self, mesh: Mesh) -> Join | None:
+    def _steps(self, mesh: Mesh) -> Steps | None:
         if self.residual == "plain":
             return None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -461,8 +461,13 @@ class Program:
                 width=self.config.embed_dim,
             )
             boxes = residual.make_mailboxes(shape, mesh)
-        return residual.kernel_join(
-            self.config, self.partition, self._manual, boxes, on_cpu=on_cpu
+        return residual.kernel_steps(
+            self.config,
+            self.partition,
+            self._manual,
+            boxes,
+            split=self.residual == "triton_split",
+            on_cpu=on_cpu,
         )
 
     def _token_attention(self, platform: str) -> TokenAttention | None:
@@ -510,7 +515,7 @@ class Program:
             place=self._place(platform),
             attention=self._attention(),
             token_attention=self._token_attention(platform),
-            join=self._join(mesh) if self.phase == "decode" else None,
+            steps=self._steps(mesh) if self.phase == "decode" else None,
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -524,9 +529,9 @@ class Program:
         place = self._place(platform)
         if self.phase == "prefill":
             return functools.partial(self._prefill_whole, place, lookup, sample)
-        attention, join = self._token_attention(platform), self._join(mesh)
+        attention, steps = self._token_attention(platform), self._steps(mesh)
         return functools.partial(
-            self._decode_whole, place, lookup, sample, attention, join
+            self._decode_whole, place, lookup, sample, attention, steps
         )
 
     def _prefill_whole(
@@ -590,7 +595,7 @@ class Program:
         lookup: Lookup,
         sample: Callable[..., Any],
         attention: TokenAttention | None,
-        join: Join | None,
+        steps: Steps | None,
         params: Params,
         state: State,
     ) -> tuple[State, Any]:
@@ -603,7 +608,7 @@ class Program:
             place=place,
             lookup=lookup,
             attention=attention,
-            join=join,
+            steps=steps,
         )
         state = state._replace(
             cache=cache,

@@ -7,7 +7,7 @@ one kernel of our own does all three (`jaxllm.norm_kernel`).
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 
 from jaxllm import norm_kernel
 from jaxllm.config import ModelConfig
-from jaxllm.model import Join
+from jaxllm.model import Steps
 from jaxllm.norm_kernel import Mailbox, add_and_norm
+from jaxllm.product_kernel import split_product
 from jaxllm.quantized import product
+from jaxllm.token_kernel import ROWS
 from sharding.partition import Partition
 
-Residual = Literal["plain", "triton"]
+Residual = Literal["plain", "triton", "triton_split"]
 
 # What one device may send at once. Every peer gets all of it, in one step: for few
 # bytes that is faster than a ring, whose every step waits for the one before.
@@ -43,8 +45,14 @@ def refusal(
     rest = "Use residual='plain', which has no such limit."
     if name == "plain":
         return None
-    if name != "triton":
-        return f"no residual {name!r}; there are plain, triton. Choose one."
+    if name not in get_args(Residual):
+        known = ", ".join(get_args(Residual))
+        return f"no residual {name!r}; there are {known}. Choose one."
+    if name == "triton_split" and tokens > ROWS:
+        return (
+            f"residual {name!r} of {tokens} tokens: its products are of {ROWS} rows at"
+            " most. Use residual='triton', which has no such limit."
+        )
     rules = partition.rules
     split = {
         dim: [a for a in rules.axes_of(dim, "decode") if partition.axes[a] > 1]
@@ -54,14 +62,14 @@ def refusal(
     parts = ["tensor"] if partition.tensor > 1 else []
     if not whole or split["heads"] != parts or split["mlp"] != parts:
         return (
-            f"residual 'triton' with rules {rules.name!r} of {partition.name}: the"
+            f"residual {name!r} with rules {rules.name!r} of {partition.name}: the"
             " kernel sums over `tensor`, which must split heads and MLP and nothing"
             f" else. Use the rules 'megatron'. {rest}"
         )
     sent = tokens * config.embed_dim * 2 * (partition.tensor - 1)
     if sent > MOST_BYTES:
         return (
-            f"residual 'triton' of {tokens} tokens over {partition.tensor} devices:"
+            f"residual {name!r} of {tokens} tokens over {partition.tensor} devices:"
             f" each would send {sent:,} bytes at once, above {MOST_BYTES:,}. {rest}"
         )
     return norm_kernel.refusal(width=config.embed_dim)
@@ -108,33 +116,43 @@ def make_mailboxes(shape: Mailbox, mesh: Mesh) -> Mailboxes:
     )
 
 
-def kernel_join(
+def kernel_steps(
     config: ModelConfig,
     partition: Partition,
     manual: tuple[str, ...],
     mailboxes: Mailboxes | None,
     *,
+    split: bool = False,
     on_cpu: bool = False,
-) -> Join:
-    """Returns what joins a product with the residual stream, by one kernel.
+) -> Steps:
+    """Returns the parts of a block that end in, or begin from, the residual stream.
 
     Args:
       config: the model.
       partition: how it is split; `refusal` says what suits.
       manual: axes that an enclosing `jax.shard_map` handles.
-      mailboxes: None with one tensor device, and where the kernel is interpreted.
-      on_cpu: run the kernel as ordinary operations, and sum by `psum` before.
+      mailboxes: None with one tensor device, and where kernels are interpreted.
+      split: multiply by `split_product`, but for gate and up, which fill a GPU.
+      on_cpu: run kernels as ordinary operations, and sum by `psum` before.
     """
     inner = tuple(axis for axis in partition.axes if axis not in manual)
     spec = functools.partial(partition.rules.spec, phase="decode", keep=inner)
+    mapped = functools.partial(jax.shard_map, axis_names=set(inner), check_vma=False)
     tensor = partition.tensor
     stream = spec(("batch", "residual_seq", "embed"))
 
-    def local(x: Any, hidden: Any, weight: Any, scale: Any) -> tuple[Any, Any]:
-        part = product(hidden, weight)[:, 0]
+    def multiply(x: jax.Array, weight: Any) -> jax.Array:
+        """Returns the product [B, N] of [B, 1, D], perhaps in parts [P, B, N]."""
+        if split:
+            return split_product(x[:, 0], weight, interpret=on_cpu)
+        return product(x, weight)[:, 0]
+
+    def join_local(x: Any, hidden: Any, weight: Any, scale: Any) -> tuple[Any, Any]:
+        part = multiply(hidden, weight)
         peers: dict[str, Any] = {}
         if tensor > 1 and on_cpu:
-            part = lax.psum(part.astype(jnp.float32), "tensor").astype(x.dtype)
+            wide = part.astype(jnp.float32).reshape(-1, *x[:, 0].shape).sum(0)
+            part = lax.psum(wide, "tensor").astype(x.dtype)
         elif tensor > 1:
             assert mailboxes is not None
             groups = partition.num_devices // tensor
@@ -153,18 +171,23 @@ def kernel_join(
         return x[:, None], None if normed is None else normed[:, None]
 
     def join(x: Any, hidden: Any, name: str, weight: Any, scale: Any):
-        mapped = jax.shard_map(
-            local,
+        return mapped(
+            join_local,
             in_specs=(
                 stream,
                 spec(("batch", "seq", name)),
-                jax.tree.map(lambda _: spec((name, "embed")), weight),
+                spec((name, "embed")),
                 None if scale is None else spec(("embed",)),
             ),
             out_specs=(stream, None if scale is None else stream),
-            axis_names=set(inner),
-            check_vma=False,
-        )
-        return mapped(x, hidden, weight, scale)
+        )(x, hidden, weight, scale)
 
-    return join
+    def project_local(x: jax.Array, weight: Any) -> jax.Array:
+        return multiply(x, weight).sum(0).astype(x.dtype)[:, None]
+
+    project = mapped(
+        project_local,
+        in_specs=(spec(("batch", "seq", "embed")), spec(("embed", "heads"))),
+        out_specs=spec(("batch", "seq", "heads")),
+    )
+    return Steps(project=project if split else product, join=join)

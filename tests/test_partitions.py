@@ -230,20 +230,20 @@ def test_a_kernel_sees_the_arrays_of_one_device(
 
 
 @pytest.mark.parametrize(
-    ("name", "ragged", "batch"),
+    ("name", "ragged", "batch", "residual"),
     [
-        ("tp8", False, 2),  # copies of heads
-        ("tp2_pp2", True, 4),  # idle ticks leave the cache alone
-        ("dp2_pp2", False, 2),  # one group walks through
+        ("tp8", False, 2, "triton"),  # copies of heads
+        ("tp2_pp2", True, 4, "triton_split"),  # idle ticks leave the cache alone
+        ("dp2_pp2", False, 2, "triton"),  # one group walks through
     ],
 )
 def test_the_kernels_of_a_token_equal_one_device(
-    name: str, ragged: bool, batch: int
+    name: str, ragged: bool, batch: int, residual: Residual
 ) -> None:
     model = "tiny-wide"
     tokens, logits, _ = run(
         model, name, "megatron", "unrolled", ragged, batch, ticks="unrolled",
-        token_attention="triton", residual="triton",
+        token_attention="triton", residual=residual,
     )  # fmt: skip
     want_tokens, want_logits, _ = one_device(model, ragged, batch)
     np.testing.assert_array_equal(tokens, want_tokens)
