@@ -324,6 +324,7 @@ def test_json_is_all_there_is_on_stdout(folder: pathlib.Path, alone: Alone) -> N
         assert tuple(found["prompt_tokens"]) == c.prompt.tokens
         assert found["finish_reason"] == c.finish_reason
         assert (found["partition"], found["dtype"]) == ("pp2", "float32")
+        assert found["layers"] == "scanned"  # not what was asked for, auto
     assert "tokens/s" in done.stderr.splitlines()[-1]
     assert "pp2 on 2 cpu, float32" in done.stderr.splitlines()[-1]
 
