@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+from experiments import evaluate
 from experiments.evaluate import PHASES, PhaseAnswer
 from experiments.planning.space import Candidate, Task
 from experiments.report import record
@@ -90,7 +91,8 @@ class Search:
       aim: "tokens": most tokens/s/chip. "ttft", "tpot": the least of it. "frontier":
         every point that none beats in both tokens/s/user and tokens/s/chip.
       answers: of programs by key; what is learnt is added.
-      enough: stop at the first point that meets the objective.
+      enough: stop at the first point that meets the objective, and where none is
+        likely to: a question of whether, not of which.
       within: also look into what may come within this share of the best.
     """
 
@@ -123,19 +125,39 @@ class Search:
             return None
         likely = self._likelihoods()
         open_ = [c for c in self.candidates if self._verdict(c, found).fate == "open"]
-        for candidate in sorted(open_, key=lambda c: self._rank(c, likely)):
-            probable = not self._guess(candidate, likely).misses(self.objective)
-            if not probable and self._is_family_running(candidate):
+        open_.sort(key=lambda c: self._rank(c, likely))
+        for ahead in (False, True):
+            for candidate in open_:
+                task = self._task(candidate, likely, ahead=ahead)
+                if task is not None:
+                    self._running[task.key] = task
+                    return task
+        return None
+
+    def _task(
+        self,
+        candidate: Candidate,
+        likely: Mapping[tuple[str, str], float],
+        *,
+        ahead: bool,
+    ) -> Task | None:
+        """Returns what to compile of a candidate now, or None.
+
+        While one of its programs is being compiled, the other waits for what that
+        says; unless there is nothing else to do (`ahead`) and it is likely to be asked
+        for. Of a family that will probably be too slow, one batch at a time.
+        """
+        probable = not self._guess(candidate, likely).misses(self.objective)
+        if not probable and (self._enough or self._is_family_running(candidate)):
+            return None
+        for phase in self._order():
+            key = candidate.keys[phase]
+            if key in self.answers:
                 continue
-            for phase in self._order():
-                key = candidate.keys[phase]
-                if key in self.answers or (probable and key in self._running):
-                    continue
-                if key in self._running:
-                    break  # what it finds may settle the rest
-                task = Task(point=candidate.point, phase=phase, key=key)
-                self._running[key] = task
-                return task
+            if key not in self._running:
+                return Task(point=candidate.point, phase=phase, key=key)
+            if not (ahead and probable):
+                return None
         return None
 
     def learn(self, task: Task, answer: PhaseAnswer) -> None:
@@ -167,6 +189,12 @@ class Search:
             candidate, lambda phase: self._least_s(candidate, phase)[0]
         )
 
+    def is_known(self, candidate: Candidate, figure: str) -> bool:
+        """Whether `figure` of the prospect is a prediction, and not only a bound."""
+        phase = _PHASE_OF.get(figure)
+        answer = self._answer(candidate, phase) if phase else None
+        return answer is not None and answer.parts is not None
+
     def value(self, candidate: Candidate) -> float:
         """Returns how good a candidate may still be; more is better."""
         found = self.prospect(candidate)
@@ -179,8 +207,6 @@ class Search:
 
     def record(self, candidate: Candidate) -> record.Record | None:
         """Returns the record of a candidate whose answer is known, or None."""
-        from experiments import evaluate
-
         if candidate.refused is not None:
             return evaluate.join(candidate.point, [candidate.refused])
         known = [self._answer(candidate, phase) for phase in PHASES]

@@ -101,6 +101,7 @@ def propose(ask: Ask, cut: bool = True) -> tuple[list[Candidate], list[str]]:
     if wrong:
         return [], wrong
     target = parse_target(ask.targets[0], ask.chip)
+    points = _without_alike_rules(points)
     found: list[Candidate] = []
     for _, group in itertools.groupby(points, key=lambda point: point.batch_size):
         alike = [c for point in group for c in _candidates(point, target, cut)]
@@ -123,7 +124,7 @@ def _candidates(point: Point, target: Target, cut: bool) -> list[Candidate]:
     for words, share in _SHARES.items():
         asked = point
         if share != 1.0:
-            if not cut or written["prefill"].partition.stage == 1:
+            if not cut or not _can_cut(written["prefill"].partition):
                 continue
             asked = dataclasses.replace(point, asked_micro_batches=int(chosen * share))
             if not asked.asked_micro_batches:
@@ -134,6 +135,15 @@ def _candidates(point: Point, target: Target, cut: bool) -> list[Candidate]:
                 continue  # not a way to cut this batch
         found.append(_candidate(asked, f"{family} {words}".strip(), written, target))
     return found
+
+
+def _can_cut(partition: Partition) -> bool:
+    """Whether a prompt's micro-batches are worth a choice, and free to choose.
+
+    Of one stage they only bound memory; rows that a data axis splits come in one way.
+    """
+    shared = partition.data > 1 and "data" not in partition.manual_axes
+    return partition.stage > 1 and not shared
 
 
 def _candidate(
@@ -180,25 +190,40 @@ def _key(point: Point, program: Program) -> str:
     Rows of a rule table over axes of size 1 do not matter, nor, to a program that
     reads one position, how a prompt's positions are split, or how it is cut.
     """
-    partition, prefill = program.partition, program.phase == "prefill"
-    sizes = partition.axes
-
-    def rows(phase: str) -> dict[str, tuple[str, ...]]:
-        table = partition.rules.table
-        found = {
-            name: tuple(a for a in partition.rules.axes_of(name, phase) if sizes[a] > 1)
-            for name in table
-        }
-        return found if prefill else {**found, "residual_seq": ()}
-
-    rules = AxisRules(name="", table=rows("prefill"), decode=rows("decode"))
+    prefill = program.phase == "prefill"
+    tables = {phase: _rows(program.partition, phase) for phase in evaluate.PHASES}
+    if not prefill:
+        tables = {phase: {**t, "residual_seq": ()} for phase, t in tables.items()}
+    rules = AxisRules(name="", table=tables["prefill"], decode=tables["decode"])
+    partition = Partition(**program.partition.axes, rules=rules)
     alike = dataclasses.replace(
         program,
-        partition=Partition(**sizes, rules=rules),
+        partition=partition,
         micro_batches=program.prefill_micro_batches if prefill else None,
     )
     known = (alike, point.target, point.chip, sorted(point.context.items()))
     return digest(repr(known))
+
+
+def _without_alike_rules(points: Sequence[Point]) -> list[Point]:
+    """Returns points whose rule table, over the axes that there are, is a new one."""
+    first: dict[str, str] = {}
+    kept = []
+    for point in points:
+        partition = Partition.parse(point.partition, point.rules)
+        rows = repr([_rows(partition, phase) for phase in evaluate.PHASES])
+        name = first.setdefault(f"{point.partition} {rows}", point.rules)
+        kept += [point] if name == point.rules else []
+    return kept
+
+
+def _rows(partition: Partition, phase: str) -> dict[str, tuple[str, ...]]:
+    """Returns a partition's rule table without axes of size 1, which do not matter."""
+    sizes, rules = partition.axes, partition.rules
+    return {
+        name: tuple(axis for axis in rules.axes_of(name, phase) if sizes[axis] > 1)
+        for name in rules.table
+    }
 
 
 def _without_twins(candidates: Sequence[Candidate]) -> list[Candidate]:
