@@ -188,7 +188,8 @@ class TestBand:
     def test_says_how_much_slower_and_on_what_it_stands(self) -> None:
         band = validated.band(self._record(), "tpot", self.known)
         assert band is not None
-        assert str(band) == "+24 to +31 %"
+        assert band.cell("tp8") == "+24 to +31 %"
+        assert band.cell("tp4") == "+24 to +31 % (tp8)"
         assert band.sentence == (
             "measured programs of this kind were 24-31 % slower on this chip: 2 points"
             " (llama-3.1-70b, tp8, batch 1 to 64, input 2,048)"
@@ -246,7 +247,7 @@ class TestBand:
             assert sentence in report
             assert "+24 to +31 %" in report
             assert "TTFT of tensor; TTFT and TPOT of pipeline" in report
-        assert "TPOT: measured +24 to +31 % slower" in shown
+        assert "TPOT: measured slower by +24 to +31 %" in shown
         rows = list(
             csv.DictReader(io.StringIO(tables.csv_text([question], Objective())))
         )

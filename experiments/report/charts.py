@@ -309,7 +309,11 @@ def _slower(record: Record) -> list[str]:
         return [f"<br>{validated.NOT_VALIDATED}"]
     return [
         f"<br>{metric.upper()}: "
-        + (f"measured {band} slower" if band else validated.NOT_VALIDATED)
+        + (
+            f"measured slower by {band.cell(record.partition)}"
+            if band
+            else validated.NOT_VALIDATED
+        )
         for metric, band in found
     ]
 

@@ -118,11 +118,11 @@ def points(question: Question, objective: Objective) -> Table:
             units.seconds(r.require("ttft_s")),
             f"{prefill.pct_of_limit:.0f}",
             words.part_name(prefill.bottleneck or ""),
-            *_band(found[r.key]["ttft"], has_bands),
+            *_band(r, found[r.key]["ttft"], has_bands),
             units.seconds(r.require("tpot_s")),
             f"{decode.pct_of_limit:.0f}",
             words.part_name(decode.bottleneck or ""),
-            *_band(found[r.key]["tpot"], has_bands),
+            *_band(r, found[r.key]["tpot"], has_bands),
             units.digits(r.require("output_tokens_per_s")),
             units.digits(r.require("tokens_per_s_per_user")),
             units.digits(r.require("tokens_per_s_per_chip")),
@@ -308,9 +308,10 @@ def _points(batches: dict[str, list[str]]) -> str:
     return "; ".join(f"{name} at {', '.join(b)}" for name, b in batches.items())
 
 
-def _band(band: validated.Band | None, is_shown: bool) -> list[str]:
+def _band(record: Record, band: validated.Band | None, is_shown: bool) -> list[str]:
     """Returns the cell of an error band, or none where that column is not shown."""
-    return [str(band or validated.NOT_VALIDATED)] if is_shown else []
+    text = band.cell(record.partition) if band else validated.NOT_VALIDATED
+    return [text] if is_shown else []
 
 
 def _or_dash(value, render) -> str:

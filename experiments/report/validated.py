@@ -159,6 +159,14 @@ class Band:
         low, high = (f"{100 * part:+.0f}" for part in (self.low, self.high))
         return f"{low} %" if low == high else f"{low} to {high} %"
 
+    def cell(self, partition: str) -> str:
+        """Beside a prediction of `partition`, e.g. "+24 to +31 % (tp2)".
+
+        In brackets which other partitions it was measured on, where that one was not.
+        """
+        measured = dict.fromkeys(f.partition for f in self.figures)
+        return str(self) if partition in measured else f"{self} ({', '.join(measured)})"
+
     @property
     def sentence(self) -> str:
         """In words, with what it stands on."""
