@@ -54,6 +54,9 @@ _DTYPE = flags.DEFINE_enum(
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
 )
+_MICRO_BATCHES = flags.DEFINE_integer(
+    "micro_batches", None, "Into which prefill is cut.", lower_bound=1
+)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Runs that count.", lower_bound=1)
 _IF_BUSY = flags.DEFINE_enum(
     "if_busy", "refuse", ["refuse", "warn"], "If another process uses the GPUs."
@@ -92,6 +95,7 @@ def _ask() -> Ask:
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
         layers=_LAYERS.value,
+        micro_batches=(_MICRO_BATCHES.value,),
     )
 
 
