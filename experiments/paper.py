@@ -61,16 +61,8 @@ def _sweep(out: pathlib.Path, console: Console) -> int:
         jobs = planned.value[: _FIRST.value]
         with Store(out) as store:
             failed = sweep(jobs, points.answer, store, workers, console)
-            wanted = {
-                frozenset({**p.context, "memory": ""}.items())
-                for job in jobs
-                for p in job.points
-            }
-            records = [
-                record
-                for record in store.records.values()
-                if frozenset({**record.context, "memory": ""}.items()) in wanted
-            ]
+            wanted = {point.key for job in jobs for point in job.points}
+            records = [r for r in store.records.values() if r.key in wanted]
     found = pathlib.Path(_MEASURED.value)
     results = sorted(path.parent for path in found.glob("*/results.jsonl"))
     folder.keep(out, [*records, *measured(results)])

@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -205,13 +206,17 @@ def load(name: str) -> ModelConfig:
     """Returns the preset `name`, or the model of the config.json at path `name`.
 
     Args:
-      name: a key of `PRESETS`, a Hugging Face config.json, or a folder with one.
+      name: a key of `PRESETS`, a Hugging Face config.json, or a folder with one. With
+        `@` and a number behind it, a preset of so many layers: llama-3.1-70b@4.
 
     Raises:
       ValueError: `name` is neither, or the file describes another architecture.
     """
     if name in PRESETS:
         return PRESETS[name]
+    preset, _, layers = name.partition("@")
+    if preset in PRESETS and re.fullmatch(r"[1-9]\d{0,3}", layers):
+        return dataclasses.replace(PRESETS[preset], num_layers=int(layers))
     path = pathlib.Path(name)
     if os.path.isdir(path):  # also where the name is too long for one
         path = path / "config.json"

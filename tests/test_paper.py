@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments.claims import (
+    depth,
     findings,
     folder,
     latency,
@@ -58,7 +59,8 @@ def row(
     parts = {"compute": 0.4 * ttft, "hbm": 0.4 * ttft, "tensor links": 0.2 * ttft}
     fields |= dict(
         key=f"{case.name}-{chip}-{partition}-{batch}-{links}-{memory}",
-        origin="compiled", status="ok", model=case.model, target="h100:8", chip=chip,
+        origin="compiled", whole=False, status="ok",
+        model=case.model, target="h100:8", chip=chip,
         memory=memory, num_chips=Partition.parse(partition).num_devices,
         partition=partition, rules="megatron", dtype="bfloat16", weights=case.weights,
         kv=case.kv, batch_size=batch, input_len=case.input_len,
@@ -299,33 +301,74 @@ class TestPrograms:
         self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         point = fakes.point(
-            model="tiny", target="cpu:2", chip="h100", partition="tp2", num_chips=2,
-            num_devices=2, batch_size=2, input_len=5, output_len=3, dtype="float32",
-            layers="scanned", context={},
+            model="tiny-tied@2", target="cpu:2", chip="h100", partition="tp2",
+            num_chips=2, num_devices=2, batch_size=2, input_len=5, output_len=3, dtype="float32",
+            layers="unrolled", context={MEMORY: "any"},
         )  # fmt: skip
-        slow = dataclasses.replace(point, chip="mi325x", context={LINKS: "0.001"})
+        asked = [
+            dataclasses.replace(point, model=model, chip=chip, context=context)
+            for model in ("tiny-tied@2", "tiny-tied@4", "tiny-tied")
+            for chip, context in (
+                ("h100", point.context),
+                ("mi325x", {**point.context, LINKS: "0.001"}),
+            )
+        ]
         compiled = []
         original = Program.compile
         monkeypatch.setattr(
             Program, "compile",
             lambda self, target: compiled.append(self) or original(self, target),
         )  # fmt: skip
-        job = points.Job(points=(point, slow), folder=tmp_path)
+        job = points.Job(points=tuple(asked), folder=tmp_path)
         first = points.answer(job)
-        assert [r.chip for r in first] == ["h100", "mi325x"]
         assert first[1].require("ttft_s") > first[0].require("ttft_s")
-        assert len(compiled) == 2, "both phases, for both chips"
+        assert len(compiled) == 6, "both phases, at three depths, for both chips"
         points._kept.clear()  # as in a new process
         again = points.answer(job)
-        assert len(compiled) == 2, "both are on disk"
+        assert len(compiled) == 6, "all are on disk"
         assert [Row.of(r) for r in again] == [Row.of(r) for r in first]
         assert isinstance(points._kept[tmp_path], Kept)
+
+        # Two and four layers say what the program of all eight is.
+        made = [r for r in depth.rows_of(first) if r.chip == "mi325x"]
+        (carried,) = (r for r in made if not r.whole)
+        (whole,) = (r for r in made if r.whole)
+        assert carried.twin == whole.twin
+        assert (carried.model, whole.memory) == ("tiny-tied", "own")
+        for name in ("ttft_s", "tpot_s", "needed_bytes"):
+            assert carried.require(name) == pytest.approx(whole.require(name), rel=1e-3)
+        assert carried.decode is not None
+        assert whole.decode is not None
+        assert carried.decode.hbm_bytes == whole.decode.hbm_bytes
+        assert carried.decode.wire_bytes == whole.decode.wire_bytes
 
 
 def _record(name: str, batch: int, **also: Any) -> Record:
     record = fakes.evaluate(fakes.point(partition=name, batch_size=batch, **also))
     assert record.status == "ok"
     return record
+
+
+def test_what_fits_is_decided_at_full_depth() -> None:
+    shallow = [
+        _record("tp8", 16, model=f"llama-3.1-70b@{n}", context={MEMORY: "any"})
+        for n in (2, 4)
+    ]
+    # 0.1 and 2.1 GB: 78.1 at eighty layers, of the 85.0 of an H100.
+    small, large = (
+        dataclasses.replace(r, needed_bytes=n)
+        for r, n in zip(shallow, (100_000_000, 2_100_000_000), strict=True)
+    )
+    (fits,) = depth.rows_of([large, small])
+    assert fits.needed_bytes == 78_100_000_000
+    assert (fits.status, fits.memory, fits.model) == ("ok", "own", "llama-3.1-70b")
+    large = dataclasses.replace(large, needed_bytes=2_300_000_000)
+    not_there, would = depth.rows_of([small, large])
+    assert (not_there.status, not_there.memory) == ("does not fit", "own")
+    assert "needs 85.9 GB a device, has 85" in str(not_there.reason)
+    assert (would.status, would.memory) == ("ok", "any")
+    assert would.key != not_there.key
+    assert depth.rows_of([small]) == [], "half a program says nothing"
 
 
 def test_a_row_is_the_same_from_another_run() -> None:

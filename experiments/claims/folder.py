@@ -8,7 +8,8 @@ from pathlib import Path
 
 from experiments.claims import findings, page
 from experiments.claims.claims import CLAIMS, CROSSOVERS
-from experiments.claims.rows import FILE_NAME, Row, Rows, read, write
+from experiments.claims.depth import rows_of
+from experiments.claims.rows import FILE_NAME, Rows, read, write
 from experiments.report.record import Provenance, Record, decode
 from experiments.report.tables import Table
 
@@ -20,7 +21,7 @@ def keep(folder: Path, records: Iterable[Record]) -> None:
     """Writes the rows of `records`, and beside them who made them, once each."""
     kept = [record for record in records if record.status != "failed"]
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / FILE_NAME, [Row.of(record) for record in kept])
+    write(folder / FILE_NAME, rows_of(kept))
     made = sorted({_plain(record.provenance) for record in kept})
     lines = ",\n".join(made)
     (folder / MADE_BY).write_text(f"[\n{lines}\n]\n")

@@ -1,7 +1,8 @@
 """Which points the page is made of, those that most claims rest on first.
 
-A job is one pair of programs and every chip that prices it. What does not fit a chip
-is asked again of one with more memory, so that a claim can be told from its memory.
+A job is the programs of one point and every chip that prices them. All are priced as
+chips with any memory, so that a claim can be told from the memory it needs; `depth`
+decides what fits.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from experiments.claims import depth
 from experiments.claims.printed import (
     CASES,
     CHIPS,
@@ -42,6 +44,7 @@ class Spec:
     Attributes:
       target: what is compiled for; None: as many GPUs as the partition has devices.
       links: rates to try, in times the chip's own; None: only its own.
+      whole: whether every layer is compiled; else two shallow programs.
     """
 
     case: Case
@@ -51,12 +54,14 @@ class Spec:
     micro_batches: tuple[int | None, ...] = (None,)
     links: tuple[float | None, ...] = (None,)
     target: str | None = None
+    whole: bool = False
 
 
 def specs() -> Iterator[Spec]:
     """Yields everything that is asked, in the order of its weight."""
     tensor = ("tp8", "tp4", "tp2")
     yield Spec(case=LONG_70B, partitions=(*tensor, "pp8", "tp4_pp2"), batches=(256,))
+    yield Spec(case=LONG_70B, partitions=("tp8", "pp8"), batches=(256,), whole=True)
     yield Spec(
         case=LONG_405B, partitions=("tp8",), batches=(32,), links=(None, *SWEPT_LINKS)
     )
@@ -151,14 +156,19 @@ def jobs(question: Question) -> list[Job]:
         ):
             target = spec.target or _gpus(partition)
             chips = CHIPS if spec.target is None else (target.partition(":")[0],)
-            programs = (spec.case, partition, spec.rules, batch, micro_batches, target)
+            model = spec.case.model
+            models = (model,) if spec.whole else depth.shallow(model, partition)
+            programs = (
+                spec.case, partition, spec.rules, batch, micro_batches, target, models
+            )  # fmt: skip
             points = found.setdefault(programs, {})
-            for chip in chips:
+            for model, chip in itertools.product(models, chips):
+                case = dataclasses.replace(spec.case, model=model)
                 point = _point(
-                    spec.case, target, chip, partition, spec.rules, batch, micro_batches
+                    case, target, chip, partition, spec.rules, batch, micro_batches
                 )
                 for links in spec.links:
-                    context = dict(point.context)
+                    context = {**point.context, MEMORY: ANY_MEMORY}
                     if links is not None:
                         context[LINKS] = str(links)
                     asked = dataclasses.replace(point, context=context)
@@ -204,18 +214,9 @@ _kept: dict[Path, Kept] = {}
 
 
 def answer(job: Job) -> list[Record]:
-    """Returns the records of every point of `job`, and of those with more memory.
+    """Returns the records of every point of `job`.
 
     Compiled programs stay in this process and in the job's folder.
     """
     compiler = _kept.setdefault(job.folder, Kept(job.folder))
-    records: list[Record] = []
-    for point in job.points:
-        record = evaluate(point, compiler)
-        records.append(record)
-        if record.status == "does not fit":
-            context = {**point.context, MEMORY: ANY_MEMORY}
-            records.append(
-                evaluate(dataclasses.replace(point, context=context), compiler)
-            )
-    return records
+    return [evaluate(point, compiler) for point in job.points]

@@ -69,7 +69,7 @@ class Kept(Compiler):
     def compile(self, program: Program, target: Target) -> CompiledProgram:
         name = digest(f"{target.name} {program!r}")
         if name not in self._last:
-            if len(self._last) > 1:  # both phases of one point
+            if len(self._last) > 3:  # two phases at two depths
                 self._last.clear()
             self._last[name] = self._kept(program, target)
         return self._last[name]

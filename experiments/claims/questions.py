@@ -34,6 +34,7 @@ class Answer:
 def answers(rows: Rows) -> list[Answer]:
     """Returns every further question with what rows say of it."""
     every = (
+        few_layers,
         rule_tables, micro_batches, uneven_stages, links, wide_tensor, slices,
         pipelines_memory,
     )  # fmt: skip
@@ -70,6 +71,58 @@ def _cells(row: Row) -> list[str]:
         units.bytes_(row.require("needed_bytes"))
         + ("" if row.memory == "own" else " †"),
     ]
+
+
+def few_layers(rows: Rows) -> Answer:
+    """What was carried from shallow programs, beside programs compiled whole."""
+    body, used = [], []
+    for whole in rows.all:
+        if not whole.whole or whole.origin == "measured" or not whole.ok:
+            continue
+        carried = next(
+            (row for row in rows.all if row.ok and row.twin == whole.twin != row),
+            None,
+        )
+        if carried is None or carried.whole:
+            continue
+        used += [whole, carried]
+        body.append(
+            [
+                whole.chip,
+                whole.partition,
+                f"{whole.batch_size:,}",
+                *(
+                    text
+                    for name in ("ttft_s", "tpot_s", "needed_bytes")
+                    for text in _beside(carried.require(name), whole.require(name))
+                ),
+            ]
+        )
+    return Answer(
+        question="Are programs of a few layers enough?",
+        text="Every row but these is carried from two shallow programs to the model's"
+        " depth. Here the same points were also compiled with every layer.",
+        table=(
+            (
+                "chip",
+                "partition",
+                "batch",
+                "TTFT, carried",
+                "off by",
+                "TPOT, carried",
+                "off by",
+                "memory, carried",
+                "off by",
+            ),
+            body,
+        ),
+        rows=tuple(used),
+    )
+
+
+def _beside(carried: float, whole: float) -> list[str]:
+    say = units.bytes_ if carried > 1e6 else units.seconds
+    return [say(carried), f"{100 * (carried / whole - 1):+.4f} %"]
 
 
 def micro_batches(rows: Rows) -> Answer:

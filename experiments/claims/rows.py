@@ -46,6 +46,7 @@ class Row:
     """One point and what was found; other fields are those of a `Record`.
 
     Attributes:
+      whole: compiled with every layer; else carried there, see `depth`.
       links: rate of every link, in times the chip's published one; None where the
         point is priced as the chip is, calibrated or not.
       memory: "own", or "any" where the chip is given as much as the point needs, to
@@ -54,6 +55,7 @@ class Row:
 
     key: str
     origin: str
+    whole: bool
     status: str
     reason: str | None
     model: str
@@ -86,7 +88,7 @@ class Row:
     decode: PhaseRow | None
 
     @classmethod
-    def of(cls, record: Record) -> Self:
+    def of(cls, record: Record, *, whole: bool = True) -> Self:
         """Returns what claims need of `record`."""
         same = (
             "origin", "status", "reason", "model", "target", "chip", "num_chips",
@@ -97,20 +99,11 @@ class Row:
         )  # fmt: skip
         links = float(record.context[LINKS]) if LINKS in record.context else None
         memory = record.context.get(MEMORY, "own")
-        question = dict(
-            model=record.model, target=record.target, chip=record.chip,
-            partition=record.partition, rules=record.rules, dtype=record.dtype,
+        found = cls(
+            key="",
+            whole=whole,
             weights=getattr(record, "weights", None) or record.dtype,
             kv=getattr(record, "kv", None) or record.dtype,
-            batch_size=record.batch_size, input_len=record.input_len,
-            output_len=record.output_len, micro_batches=record.asked_micro_batches,
-            links=links, memory=memory,
-            origin="measured" if record.measurement else "predicted",
-        )  # fmt: skip
-        return cls(
-            key=digest(json.dumps(question, sort_keys=True))[:10],
-            weights=str(question["weights"]),
-            kv=str(question["kv"]),
             links=links,
             memory=memory,
             ttft_parts_s=_parts(record.ttft_parts_s),
@@ -119,6 +112,12 @@ class Row:
             decode=_phase(record.decode),
             **{name: getattr(record, name) for name in same},
         )
+        return dataclasses.replace(found, key=found.key_with(memory))
+
+    def key_with(self, memory: str) -> str:
+        """Returns the key of this question of a chip with such `memory`."""
+        question = [*_identity(self), memory]
+        return digest(json.dumps(question))[:10]
 
     @property
     def ok(self) -> bool:
@@ -134,6 +133,11 @@ class Row:
                 " Only points that are ok have times. Ask for `ok` first."
             )
         return value
+
+    @property
+    def twin(self) -> str:
+        """Key that the row shares with that of the whole program."""
+        return dataclasses.replace(self, whole=False).key_with(self.memory)
 
     @property
     def node_tokens_per_s(self) -> float:
@@ -160,7 +164,11 @@ class Rows:
 
     def __init__(self, rows: Iterable[Row]):
         self.all = sorted(rows, key=_order)
-        self._by = {_identity(row): row for row in self.all}
+        self._by = {
+            (_question(row), row.memory, row.whole): row
+            for row in self.all
+            if row.origin != "measured"
+        }
 
     def get(
         self,
@@ -173,14 +181,14 @@ class Rows:
         links: float | None = None,
         memory: str = "own",
         micro_batches: int | None = None,
+        whole: bool = False,
     ) -> Row | None:
         """Returns the prediction for a point, whether it fits or not."""
-        return self._by.get(
-            (
-                case.model, case.weights, case.kv, case.input_len, case.output_len,
-                chip, partition, rules, batch_size, links, memory, micro_batches, False,
-            )
+        question = (
+            case.model, case.weights, case.kv, case.input_len, case.output_len, chip,
+            partition, rules, batch_size, links, micro_batches,
         )  # fmt: skip
+        return self._by.get((question, memory, whole))
 
     def timed(
         self, case: Case, chip: str, partition: str, batch_size: int, **also: object
@@ -197,11 +205,9 @@ class Rows:
 
     def batches(self, case: Case, chip: str, partition: str) -> list[int]:
         """Returns the batch sizes at which `partition` fits on `chip`."""
-        return sorted(
-            row.batch_size
-            for row in self.all
-            if row.ok and self.get(case, chip, partition, row.batch_size) is row
-        )
+        sizes = sorted({row.batch_size for row in self.all})
+        found = [self.get(case, chip, partition, size) for size in sizes]
+        return [row.batch_size for row in found if row is not None and row.ok]
 
     @property
     def measured(self) -> list[Row]:
@@ -220,17 +226,26 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(f"{row.to_json()}\n" for row in Rows(rows).all))
 
 
-def _identity(row: Row) -> tuple[object, ...]:
+def _question(row: Row) -> tuple[object, ...]:
     return (
         row.model, row.weights, row.kv, row.input_len, row.output_len, row.chip,
-        row.partition, row.rules, row.batch_size, row.links, row.memory,
-        row.asked_micro_batches, row.origin == "measured",
+        row.partition, row.rules, row.batch_size, row.links, row.asked_micro_batches,
+    )  # fmt: skip
+
+
+def _identity(row: Row) -> tuple[object, ...]:
+    """Returns what tells a row from others, its memory apart."""
+    return (
+        row.model, row.weights, row.kv, row.input_len, row.output_len, row.target,
+        row.chip, row.partition, row.rules, row.batch_size, row.links,
+        row.asked_micro_batches, row.whole, row.origin == "measured",
     )  # fmt: skip
 
 
 def _order(row: Row) -> tuple[str, ...]:
     return tuple(
-        f"{x:012.3f}" if isinstance(x, int | float) else str(x) for x in _identity(row)
+        f"{x:012.3f}" if isinstance(x, int | float) else str(x)
+        for x in (*_identity(row), row.memory)
     )
 
 
