@@ -302,8 +302,8 @@ class TestPrograms:
     ) -> None:
         point = fakes.point(
             model="tiny-tied@2", target="cpu:2", chip="h100", partition="tp2",
-            num_chips=2, num_devices=2, batch_size=2, input_len=5, output_len=3, dtype="float32",
-            layers="unrolled", context={MEMORY: "any"},
+            num_chips=2, num_devices=2, batch_size=2, input_len=5, output_len=3,
+            dtype="float32", layers="unrolled", context={MEMORY: "any"},
         )  # fmt: skip
         asked = [
             dataclasses.replace(point, model=model, chip=chip, context=context)
