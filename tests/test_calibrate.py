@@ -12,7 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments.calibration import bench, chains, curves, run
+from experiments.calibration import bench, chains, curves, links, run
 from experiments.calibration.bench import Ask
 from experiments.calibration.points import BYTES, Point, plan
 from experiments.report.workers import Event
@@ -264,7 +264,7 @@ def test_the_plan_is_ordered_by_worth_and_nothing_is_twice() -> None:
     assert {1, 16, 64, 256, 1024, 16384} <= rows
     cold = [p for p in FULL if p.name == "matmul" and p.at["dtype"] == "bf16"]
     for point in cold:
-        chain = chains.chain(point, "cuda")
+        chain = links.chain_of(point, "cuda")
         once = BYTES[str(point.at["weights"])] * int(point.at["k"]) * int(point.at["n"])
         # Four times an H100's last cache lie between two uses of the same weights.
         assert chain.distinct * once > 190e6
@@ -300,7 +300,7 @@ def test_xla_gpu_leaves_every_link_in_the_chain(point: Point) -> None:
     if point.at.get("implementation") == "triton" and jax.__version_info__ >= (0, 12):
         pytest.skip("Pallas wants a GPU, or to be told of one")
     target = parse_target("h100:2")
-    chain = chains.chain(point, "cuda")
+    chain = links.chain_of(point, "cuda")
     mesh = chain.mesh(target.devices)
     text = chains.compile_chain(chain, mesh, target.compiler_options).as_text()
     slots, reason = bench.count(text, chain)
@@ -337,13 +337,13 @@ def test_a_chain_that_was_shortened_is_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Links of plain arithmetic are one kernel."""
-    made = chains.chain
+    made = links.chain_of
 
     def plain(point: Point, platform: str) -> chains.Chain:
         found = made(point, platform)
         return dataclasses.replace(found, looped=False, link=lambda x, _: x * 0.5 + 1)
 
-    monkeypatch.setattr(chains, "chain", plain)
+    monkeypatch.setattr(links, "chain_of", plain)
     point = Point(name="copy", at={"bytes": 4096}, links=8)
     sample = bench.measure(point, CPU)
     assert sample.call_samples_s == ()

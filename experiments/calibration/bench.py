@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.calibration import chains
+from experiments.calibration import chains, links
 from experiments.calibration.points import Point, Size, plan
 from experiments.report import provenance
 from sharding import guard, kernels, timing
@@ -131,7 +131,7 @@ def measure(point: Point, ask: Ask) -> Sample:
     watchdog.daemon = True
     watchdog.start()
     try:
-        chain = chains.chain(point, target.platform)
+        chain = links.chain_of(point, target.platform)
         return _measure(point, chain, sample, list(target.devices), target.platform)
     except Exception as error:
         _held.clear()
@@ -194,8 +194,8 @@ def count(text: str, chain: chains.Chain) -> tuple[int, str | None]:
     short = {k: n for k, n in found.items() if n < _SHORTENED * chain.links}
     if not short:
         return chains.slots_found(ledger, chain), None
-    links = ", ".join(f"{n:.3g} by its {name}" for name, n in short.items())
-    return chain.slots, f"compiled to fewer than {chain.links} links: {links}"
+    words = ", ".join(f"{n:.3g} by its {name}" for name, n in short.items())
+    return chain.slots, f"compiled to fewer than {chain.links} links: {words}"
 
 
 def time_calls(
