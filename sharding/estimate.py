@@ -1,18 +1,24 @@
-"""How long a compiled program should take: its ledger priced by a chip.
+"""How long a compiled program should take: its timeline in parts that sum to it.
 
-A first estimate, close to a limit: every instruction runs at the published peak of
-whatever binds it, and collectives wait for each other. It is meant to rank
-partitions and to say what limits each, not to predict a clock.
+    estimate(read_ledger(compiled.as_text(), axes), chip).parts()
+
+Steps are priced by `sharding.pricing` and put on a clock by `sharding.timeline`. Priced
+by published peaks it is near a limit: it ranks partitions and says what limits each. Of
+a chip that was calibrated, `sharding.rates` knows how long things take.
 """
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 
 from sharding import rates
 from sharding.chips import Chip
+from sharding.clock import Repeated, Run
 from sharding.hlo.ledger import Collective, Ledger
+from sharding.hlo.records import Block, Step, Steps
+from sharding.timeline import Timeline, lay_out
+
+_LINKS = " links"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +26,12 @@ class Estimate:
     """Where the time of one call goes; the parts are the total.
 
     Attributes:
-      compute_s: instructions bound by arithmetic.
-      hbm_s: instructions bound by memory.
-      collective_s: collectives, by mesh axis.
-      overhead_s: of the call itself.
+      compute_s: kernels bound by arithmetic.
+      hbm_s: kernels bound by memory, and copies that are waited for.
+      collective_s: exposed communication: waiting for collectives, by mesh axis.
+      overhead_s: of the call itself, and between kernels.
       bubble_s: ticks of a pipeline in which a stage has nothing useful to do.
+      timeline: behind these figures; the bubble is inside of its other parts.
     """
 
     compute_s: float
@@ -32,10 +39,11 @@ class Estimate:
     collective_s: Mapping[str, float] = dataclasses.field(hash=False)
     overhead_s: float
     bubble_s: float
+    timeline: Timeline | None = dataclasses.field(default=None, compare=False)
 
     def parts(self) -> dict[str, float]:
         """Returns every part by name, e.g. "hbm" and "tensor links", in seconds."""
-        links = {f"{axis} links": s for axis, s in self.collective_s.items()}
+        links = {f"{axis}{_LINKS}": s for axis, s in self.collective_s.items()}
         return {
             "compute": self.compute_s,
             "hbm": self.hbm_s,
@@ -65,20 +73,10 @@ def estimate(
 ) -> Estimate:
     """Returns how long one call of the program behind `ledger` should take.
 
-    Each instruction takes the time of its slowest resource, as in the roofline of
-    Williams et al. 2009, and instructions follow each other:
-
-        T = max(matmul_flops / flops_per_s, other_flops / vector_flops_per_s,
-                hbm_bytes / hbm_bytes_per_s)
-
-    Other FLOPs run at the matrix rate where a chip's vector rate is unknown. To the
-    sum come `collective_time_s` of every collective and the overhead of the call. Of
-    a pipeline's equal ticks, the share that is not busy is moved from every part but
-    the overhead to `bubble_s`.
-
-    It leaves out: how far real kernels stay below the peaks, time between kernels,
-    overlap of collectives with computation and with each other, and two collectives
-    that want the same link.
+    The time is that of its timeline, and the overhead of a call before it, or as much
+    more as the host needs to start one. Stages run idle ticks like any other; so of a
+    loop over ticks, or of everything where there is none, the share that is not busy
+    is moved from the other parts to `bubble_s`.
 
     Args:
       ledger: of one device and one call.
@@ -88,43 +86,43 @@ def estimate(
       busy_ticks: those in which a stage works on real data.
 
     Raises:
-      ValueError: the chip has no rate for `dtype`, a collective's kind is unknown, or
-        there are more busy ticks than ticks.
+      ValueError: the chip has no rate for `dtype`, a collective's kind is unknown,
+        the ledger has no steps, or there are more busy ticks than ticks.
     """
     if not 1 <= busy_ticks <= ticks:
         raise ValueError(
             f"cannot estimate ticks={ticks} with busy_ticks={busy_ticks}. A stage works"
             " in at least one tick and at most in all. Pass 1 <= busy_ticks <= ticks."
         )
-    device = chip.per_device()
-    matmul_flops_per_s = device.matmul_flops_per_s(dtype)
-    vector_flops_per_s = device.vector_flops_per_s or matmul_flops_per_s
-    compute: list[float] = []
-    hbm: list[float] = []
-    for cost in ledger.costs:
-        arithmetic_s = max(
-            cost.matmul_flops / matmul_flops_per_s,
-            (cost.flops - cost.matmul_flops) / vector_flops_per_s,
-        )
-        memory_s = cost.hbm_bytes / device.hbm_bytes_per_s
-        if arithmetic_s > memory_s:
-            compute.append(cost.count * arithmetic_s)
-        else:
-            hbm.append(cost.count * memory_s)
-    links: dict[str, list[float]] = defaultdict(list)
-    for row in ledger.collectives:
-        links[row.axis].append(collective_time_s(row, device))
-
-    busy = busy_ticks / ticks
-    work = [math.fsum(compute), math.fsum(hbm), *map(math.fsum, links.values())]
+    device, devices = chip.per_device(), ledger.devices
+    timeline = lay_out(
+        ledger,
+        chip,
+        dtype=dtype,
+        call_s=rates.call_overhead_s(device, devices=devices),
+        least_s=rates.dispatch_s(device, arguments=ledger.arguments, devices=devices),
+    )
+    parts = dict(timeline.parts)
+    idle = (ticks - busy_ticks) / ticks
+    looped = _tick_loops(timeline.run, ticks) if idle else []
+    wasted = looped or [timeline.run.parts]
+    bubble: list[float] = []
+    for run in wasted if idle else ():
+        for name, seconds in run.items():
+            parts[name] -= idle * seconds
+            bubble.append(idle * seconds)
+    links = {
+        name.removesuffix(_LINKS): max(seconds, 0.0)
+        for name, seconds in parts.items()
+        if name.endswith(_LINKS)
+    }
     return Estimate(
-        compute_s=work[0] * busy,
-        hbm_s=work[1] * busy,
-        collective_s={
-            axis: seconds * busy for axis, seconds in zip(links, work[2:], strict=True)
-        },
-        overhead_s=device.call_overhead_s,
-        bubble_s=math.fsum(work) * (ticks - busy_ticks) / ticks,
+        compute_s=parts.get("compute", 0.0),
+        hbm_s=parts.get("hbm", 0.0),
+        collective_s=links,
+        overhead_s=parts["overhead"],
+        bubble_s=math.fsum(bubble),
+        timeline=timeline,
     )
 
 
@@ -141,3 +139,31 @@ def collective_time_s(row: Collective, chip: Chip) -> float:
     n = max(row.count, 1)
     each = row.kind, row.group_size, row.payload_bytes / n, row.wire_bytes / n
     return row.count * rates.collective_s(chip, *each)
+
+
+def _tick_loops(run: Run, ticks: int) -> list[dict[str, float]]:
+    """Returns the parts of the outermost loops of so many ticks that hand something on.
+
+    The activations of a tick go to the next stage by a permute.
+    """
+    found: list[dict[str, float]] = []
+    for span in run.spans:
+        if not isinstance(span.what, Repeated):
+            continue
+        block, runs = span.what
+        if block.times == ticks and _permutes(block.steps):
+            parts: dict[str, float] = {}
+            for each, times in runs:
+                for name, seconds in each.parts.items():
+                    parts[name] = parts.get(name, 0.0) + seconds * times
+            found.append(parts)
+    return found
+
+
+def _permutes(steps: Steps) -> bool:
+    for step in steps:
+        if isinstance(step, Block) and _permutes(step.steps):
+            return True
+        if isinstance(step, Step) and any(s.kind == "permute" for s in step.sends):
+            return True
+    return False

@@ -7,7 +7,8 @@ import pytest
 
 from sharding.chips import CHIPS, Chip
 from sharding.estimate import collective_time_s, estimate
-from sharding.hlo.ledger import Collective, Cost, Ledger
+from sharding.hlo.ledger import Collective, Cost, Ledger, Step
+from sharding.hlo.records import Block
 from sharding.links import links_used
 
 
@@ -49,6 +50,28 @@ def _row(
 
 
 H100 = CHIPS["h100"].published()
+
+
+def _ledger(*rows: Cost | Collective) -> Ledger:
+    """Returns a ledger of steps one after the other, as often as each row counts."""
+    costs = tuple(row for row in rows if isinstance(row, Cost))
+    sends = tuple(row for row in rows if isinstance(row, Collective))
+    steps = [
+        (row.count, Step(name=f"fusion.{k}", cost=row)) for k, row in enumerate(costs)
+    ]
+    for k, row in enumerate(sends):
+        once = dataclasses.replace(
+            row,
+            count=1,
+            payload_bytes=row.payload_bytes / row.count,
+            wire_bytes=row.wire_bytes / row.count,
+        )
+        step = Step(name=f"send.{k}", cost=None, sends=(once,), is_kernel=False)
+        steps.append((row.count, step))
+    blocks = tuple(Block(label="", times=count, steps=(step,)) for count, step in steps)
+    return Ledger(costs=costs, collectives=sends, steps=blocks)
+
+
 TOY = dataclasses.replace(
     H100,
     name="toy",
@@ -62,23 +85,19 @@ TOY = dataclasses.replace(
     call_overhead_s=7.0,
     sources={key: "made up" for key in H100.figures()},
 )
-LEDGER = Ledger(
-    costs=(
-        # 3 * max(5000/1000, 20/10): arithmetic, 15 s.
-        _cost(count=3, flops=5000, matmul_flops=5000, hbm_bytes=20),
-        # 2 * max(1000/1000, 40/10): memory, 8 s.
-        _cost(count=2, flops=1000, matmul_flops=1000, hbm_bytes=40),
-        # max(600/100, 50/10): vector arithmetic, 6 s; at the matrix rate it were 0.6.
-        _cost(flops=600, hbm_bytes=50),
-        # max(3000/1000, 400/100, 10/10): the vector part of a fused product, 4 s.
-        _cost(flops=3400, matmul_flops=3000, hbm_bytes=10),
-    ),
-    collectives=(
-        # 4 * 0.5 + 6 / (2 * 1) = 5 s.
-        _row(count=4, wire_bytes=6),
-        # 0.5 + 2 / 2 = 1.5 s.
-        _row(axis="stage", kind="permute", wire_bytes=2),
-    ),
+LEDGER = _ledger(
+    # 3 * max(5000/1000, 20/10): arithmetic, 15 s.
+    _cost(count=3, flops=5000, matmul_flops=5000, hbm_bytes=20),
+    # 2 * max(1000/1000, 40/10): memory, 8 s.
+    _cost(count=2, flops=1000, matmul_flops=1000, hbm_bytes=40),
+    # max(600/100, 50/10): vector arithmetic, 6 s; at the matrix rate it were 0.6.
+    _cost(flops=600, hbm_bytes=50),
+    # max(3000/1000, 400/100, 10/10): the vector part of a fused product, 4 s.
+    _cost(flops=3400, matmul_flops=3000, hbm_bytes=10),
+    # 4 * 0.5 + 6 / (2 * 1) = 5 s.
+    _row(count=4, wire_bytes=6),
+    # 0.5 + 2 / 2 = 1.5 s.
+    _row(axis="stage", kind="permute", wire_bytes=2),
 )
 
 
@@ -152,7 +171,7 @@ def test_with_infinite_compute_it_is_the_communication() -> None:
 
 def test_unknown_vector_rate_is_the_matrix_rate() -> None:
     chip = dataclasses.replace(TOY, vector_flops_per_s=None)
-    ledger = Ledger(costs=(_cost(flops=600),), collectives=())
+    ledger = _ledger(_cost(flops=600))
     assert estimate(ledger, TOY).compute_s == 6
     assert estimate(ledger, chip).compute_s == 0.6
 
@@ -238,7 +257,7 @@ def test_impossible_ticks_are_refused(ticks: int, busy_ticks: int) -> None:
 
 @pytest.mark.parametrize("chip", [TOY, CHIPS["v5p"]], ids=lambda c: c.name)
 def test_unknown_collective_is_an_error(chip: Chip) -> None:
-    ledger = Ledger(costs=(), collectives=(_row(kind="gossip", group_size=4),))
+    ledger = _ledger(_row(kind="gossip", group_size=4))
     with pytest.raises(ValueError, match=r"kind 'gossip' over 4 devices"):
         estimate(ledger, chip)
 
@@ -246,3 +265,8 @@ def test_unknown_collective_is_an_error(chip: Chip) -> None:
 def test_unknown_dtype_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"dtype 'int4' on chip 'toy', which has bf16"):
         estimate(LEDGER, TOY, dtype="int4")
+
+
+def test_a_ledger_without_its_order_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 costs and 0 collectives without steps"):
+        estimate(Ledger(costs=(_cost(flops=600),), collectives=()), TOY)

@@ -158,6 +158,8 @@ class _Walker:
             loops=tuple(self._tally.loops),
             warnings=tuple(dict.fromkeys(self._tally.warnings)),
             steps=tuple(self._tally.steps),
+            devices=self._module.num_devices,
+            arguments=len(self._module.entry.parameters),
         )
 
     def _steps(self, computation: Computation, scope: Scope, loop: str) -> Steps:

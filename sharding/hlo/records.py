@@ -151,6 +151,8 @@ class Ledger:
 
     Attributes:
       steps: all of it in the order in which it was scheduled.
+      devices: that the program runs on.
+      arguments: arrays that a call is given.
     """
 
     costs: tuple[Cost, ...]
@@ -158,6 +160,8 @@ class Ledger:
     loops: tuple[Loop, ...] = ()
     warnings: tuple[str, ...] = ()
     steps: Steps = ()
+    devices: int = 1
+    arguments: int = 1
 
     @property
     def flops(self) -> int:
@@ -187,6 +191,8 @@ class Ledger:
             collectives=tuple(c for c in self.collectives if loop.holds(c.loop)),
             loops=tuple(inner for inner in self.loops if loop.holds(inner.enclosing)),
             steps=_inside(self.steps, loop),
+            devices=self.devices,
+            arguments=self.arguments,
         )
 
     def by_axis(self) -> dict[str, tuple[Collective, ...]]:
