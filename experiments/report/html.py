@@ -88,6 +88,7 @@ def _section(
             q.dtype,
             f"{q.input_len:,} tokens in, {q.output_len:,} out",
             f"layers {q.layers}",
+            *filter(None, [words.rates(q)]),
             words.outcome(q),
         ],
         headline=words.headline(q),

@@ -217,6 +217,7 @@ def provenance(records: Sequence[Record]) -> Table:
             "python": p.python,
             **p.versions,
             **{f"flag {name}": value for name, value in p.flags.items()},
+            "rates of the chip": record.context.get("rates", ""),
             "layers": record.layers,
             "micro-batches of prefill": str(record.micro_batches or "-"),
         }

@@ -40,8 +40,9 @@ def show(console: Console, question: Question, objective: Objective) -> None:
     console.print()
     console.rule(f"[bold]{escape(words.title(question))}[/], {words.size(question)}")
     q = question
+    rates = f" at {words.rates(q)}" if words.rates(q) else ""
     console.print(
-        f"{q.dtype}, {q.input_len:,} tokens in, {q.output_len:,} out;"
+        f"{q.dtype}, {q.input_len:,} tokens in, {q.output_len:,} out{rates};"
         f" {words.outcome(q)}.",
         style="dim",
     )

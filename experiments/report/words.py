@@ -89,7 +89,7 @@ _OUTCOMES = (
 ORIGIN = {
     "compiled": (
         "FLOPs, bytes, memory and collectives are read from programs that XLA"
-        " compiled; times are a roofline of them with the chip's published rates."
+        " compiled; times are estimated from them with the chip's rates."
         " Nothing was run."
     ),
     "modelled": (
@@ -126,6 +126,12 @@ def size(question: Question) -> str:
     if question.num_chips == question.num_devices:
         return chips
     return f"{chips}, {question.num_devices} devices"
+
+
+def rates(question: Question) -> str:
+    """Returns where the chip's rates are from, e.g. "published peaks", or ""."""
+    found = dict.fromkeys(r.context.get("rates", "") for r in question.records)
+    return " and ".join(filter(None, found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
