@@ -18,7 +18,8 @@ from experiments.report.frontier import Objective
 from experiments.report.record import Point, Record, TimeParts
 from experiments.report.store import read_records
 from experiments.report.workers import Event, Workers
-from sharding.partition import Partition
+from sharding.partition import Partition, all_partitions
+from sharding.program import Phase
 from sharding.target import parse_target
 from tests import fakes
 
@@ -248,8 +249,6 @@ _TWICE = " twice the micro-batches"
 
 
 def _four() -> tuple[Partition, ...]:
-    from sharding.partition import all_partitions
-
     return all_partitions(4)
 
 
@@ -342,6 +341,30 @@ def test_bounds_hold_for_programs_compiled_here(swept: dict[str, PhaseAnswer]) -
             assert candidate.least_s[phase] <= parts.total_s, (candidate.family, phase)
             compared += 1
     assert compared >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "phase"),
+    [
+        ("tp4", "sequence", "prefill"),
+        ("tp4", "kv_seq", "decode"),
+        ("dp2_tp2", "two_d", "prefill"),
+        ("tp2_pp2", "megatron", "decode"),
+    ],
+)
+def test_bounds_hold_for_programs_of_described_gpus(
+    name: str, rules: str, phase: Phase
+) -> None:
+    """There kernels and collectives follow each other, and their bounds add up."""
+    ask = dataclasses.replace(
+        ASK, targets=("h100:4",), partitions=(name,), rules=(rules,), batch_sizes=(8,),
+        input_len=64, dtype="bfloat16",
+    )  # fmt: skip
+    (candidate,), _ = space.propose(ask, cut=False)
+    found = evaluate.evaluate_phase(candidate.point, phase)
+    assert found.parts is not None
+    assert candidate.least_s[phase] <= found.parts.total_s
+    assert candidate.least_s[phase] >= 0.3 * found.parts.total_s
 
 
 def test_files_and_a_second_time(

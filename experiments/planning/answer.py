@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from experiments.planning.changes import Outcome
-from experiments.planning.search import Prospect, Search, Verdict
+from experiments.planning.prospect import Prospect, Verdict
+from experiments.planning.search import Search
 from experiments.planning.space import Candidate
 from experiments.report import units, words
-from experiments.report.frontier import NEAR, Objective
+from experiments.report.frontier import NEAR
 from experiments.report.record import Record
 from experiments.report.tables import Table
 
@@ -318,8 +319,3 @@ def _rate_cell(known: Prospect) -> str:
 def _changes_table(outcomes: Sequence[Outcome]) -> Table:
     rows = [[o.title, "yes" if o.found else "no", o.words] for o in outcomes]
     return ["one change", "meets it", "with"], rows
-
-
-def wanted(objective: Objective) -> str:
-    """Returns what is asked, for a title."""
-    return words.asked_for(objective) or "no bound: the frontier"
