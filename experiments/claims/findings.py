@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from experiments.claims import printed, questions
 from experiments.claims.claims import CLAIMS, CROSSOVERS
 from experiments.claims.judge import Cell, Claim, Finding
-from experiments.claims.page import NOTES, TITLE, summary
+from experiments.claims.page import NOTES, TITLE, rates, summary
 from experiments.claims.rows import Rows
 from experiments.report import tables
 
@@ -26,7 +26,7 @@ def text(rows: Rows, folder: str, notes: Sequence[str] = ()) -> str:
         f"# {TITLE}",
         f"{summary(rows)} The claims are those of [arXiv:2603.05692]({printed.URL}),"
         " which simulated Llama-3.1-70B and 405B on eight AMD GPUs from formulas.",
-        "\n".join(f"- {note}" for note in (*NOTES, *notes)),
+        "\n".join(f"- {note}" for note in (*NOTES, rates(rows), *notes)),
         "Made from [rows](" + f"{name}/rows.jsonl), found by key, with\n\n"
         f"```sh\n{MAKE}\n"
         f"python -m experiments.paper --rows={folder} --findings=docs/findings.md\n"

@@ -40,7 +40,7 @@ def page(rows: Rows, provenance: Table, notes: Sequence[str] = ()) -> str:
         title=TITLE,
         lead=summary(rows),
         url=printed.URL,
-        notes=[*NOTES, *notes],
+        notes=[*NOTES, rates(rows), *notes],
         claims=claims,
         crossovers=[_claim(claim, rows) for claim in CROSSOVERS],
         answers=questions.answers(rows),
@@ -50,6 +50,17 @@ def page(rows: Rows, provenance: Table, notes: Sequence[str] = ()) -> str:
         table_rows=[(row.key, _cells(row)) for row in rows.all],
         provenance=provenance,
     )
+
+
+def rates(rows: Rows) -> str:
+    """Returns where the rates of each chip are from, in a sentence."""
+    found = {
+        row.chip: row.rates
+        for row in rows.all
+        if row.origin != "measured" and row.links is None
+    }
+    words = "; ".join(f"{chip}: {said}" for chip, said in found.items())
+    return f"Rates: {words or 'none used'}."
 
 
 def summary(rows: Rows) -> str:

@@ -14,6 +14,7 @@ from typing import Self
 
 from experiments.claims.printed import Case
 from experiments.report.record import PhaseRecord, Record, TimeParts, decode, digest
+from sharding.chips import CHIPS
 
 FILE_NAME = "rows.jsonl"
 # What a point's context says of chips that are not there: see `programs.Priced`.
@@ -51,6 +52,7 @@ class Row:
         point is priced as the chip is, calibrated or not.
       memory: "own", or "any" where the chip is given as much as the point needs, to
         see what it would do if that were all.
+      rates: where the chip's are from, in words.
     """
 
     key: str
@@ -63,6 +65,7 @@ class Row:
     chip: str
     links: float | None
     memory: str
+    rates: str
     num_chips: int
     partition: str
     rules: str
@@ -106,6 +109,7 @@ class Row:
             kv=getattr(record, "kv", None) or record.dtype,
             links=links,
             memory=memory,
+            rates=_rates(record.chip, links),
             ttft_parts_s=_parts(record.ttft_parts_s),
             tpot_parts_s=_parts(record.tpot_parts_s),
             prefill=_phase(record.prefill),
@@ -247,6 +251,13 @@ def _order(row: Row) -> tuple[str, ...]:
         f"{x:012.3f}" if isinstance(x, int | float) else str(x)
         for x in (*_identity(row), row.memory)
     )
+
+
+def _rates(name: str, links: float | None) -> str:
+    chip = CHIPS.get(name)
+    if chip is None:  # measured, and priced by a file of its own
+        return name
+    return (chip if links is None else chip.published()).rates_from
 
 
 def _parts(parts: TimeParts | None) -> dict[str, float] | None:

@@ -40,8 +40,14 @@ def c10(rows: Rows) -> Finding:
         cells,
         on="the batch and the chip",
         measured=measured,
-        why="At equal batches of a replica, devices left over running more replicas.",
+        why="At equal batches of a replica, devices left over running more replicas;"
+        f" tried at batch {_tried(cells)}.",
     )
+
+
+def _tried(cells: Sequence[Cell]) -> str:
+    sizes = sorted({row.batch_size for cell in cells for row in cell.rows})
+    return ", ".join(f"{size:,}" for size in sizes) or "none"
 
 
 def _most_throughput(rows: Rows, case: Case, chip: str, batch: int) -> list[Cell]:
@@ -106,31 +112,33 @@ def c11(rows: Rows) -> Finding:
     """405B holds 32 a device unpartitioned, 256 under PP4, 512 under PP8."""
     cells = []
     for chip in CHIPS:
-        for name, printed in LARGEST_BATCH.items():
-            found = account(LONG_405B, CHIP_FILES[chip], name)
-            alone, all_groups = map(power_of_two, (found.group_alone, found.group))
-            fits = rows.batches(LONG_405B, chip, name)
-            tried = [rows.get(LONG_405B, chip, name, batch) for batch in fits]
-            compiled = f"; compiled, {max(fits):,} in flight fit" if fits else ""
-            cells.append(
-                Cell(
-                    chip=chip,
-                    subject=f"{LONG_405B.name}, {name}",
-                    holds=all_groups == printed,
-                    direction=alone == printed,
-                    text=(
-                        f"{all_groups:,} a group with every group's cache,"
-                        f" {alone:,} with one group's (printed {printed})"
-                        f"{compiled}"
-                    ),
-                    rows=tuple(row for row in tried if row is not None)[-1:],
+        found = {
+            name: account(LONG_405B, CHIP_FILES[chip], name) for name in LARGEST_BATCH
+        }
+        alone = {n: power_of_two(a.group_alone) for n, a in found.items()}
+        every = {n: power_of_two(a.group) for n, a in found.items()}
+        most = max(rows.batches(LONG_405B, chip, "pp8"), default=0)
+        row = rows.get(LONG_405B, chip, "pp8", most)
+        cells.append(
+            Cell(
+                chip=chip,
+                subject=LONG_405B.name,
+                holds=every == LARGEST_BATCH,
+                direction=alone == LARGEST_BATCH,
+                text=", ".join(
+                    f"{name} {every[name]:,} a group with every group's cache and"
+                    f" {alone[name]:,} with its own alone (printed {printed})"
+                    for name, printed in LARGEST_BATCH.items()
                 )
+                + (f"; compiled, {most:,} in flight fit pp8" if most else ""),
+                rows=() if row is None else (row,),
             )
+        )
     return verdict(
         cells,
-        on="the chip and the stages",
-        why="The printed limits come out if a stage holds the cache of one of its"
-        " groups only; a full pipeline holds that of all.",
+        on="the chip",
+        why="A stage holds the cache of every group in flight. On mi355x the printed"
+        " limits are those of one group's cache.",
     )
 
 
