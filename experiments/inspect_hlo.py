@@ -43,6 +43,7 @@ from experiments.inspection.inputs import (
 from experiments.report import provenance, units
 from sharding.chips import Chip, find_chip
 from sharding.target import prepare_environment
+from sharding.trace import write_trace
 
 _HLO = flags.DEFINE_string(
     "hlo", None, "File or folder of HLO; the same as naming it without a flag."
@@ -81,6 +82,9 @@ _DIFF_MESH = flags.DEFINE_string("diff_mesh", None, "Its mesh; without it --mesh
 _TOP = flags.DEFINE_integer("top", 12, "Rows of a table.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Write JSON to this file; - is stdout.")
 _HTML = flags.DEFINE_string("html", None, "Write a page to this file.")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "Write the timeline here; opens in https://ui.perfetto.dev."
+)
 _OUT = flags.DEFINE_string("out", None, "Write inspect.html and inspect.json here.")
 
 _WIDTH = 110  # of a report that is not printed on a terminal
@@ -165,7 +169,7 @@ def _files() -> tuple[str | None, str | None]:
     out = pathlib.Path(_OUT.value) if _OUT.value else None
     json = _JSON.value or (str(out / "inspect.json") if out else None)
     html = _HTML.value or (str(out / "inspect.html") if out else None)
-    for path in (json, html):
+    for path in (json, html, _TRACE.value):
         if path in (None, "-"):
             continue
         folder = pathlib.Path(path).parent
@@ -262,11 +266,13 @@ def main(argv: Sequence[str]) -> None:
         pathlib.Path(json).write_text(record.text(values), encoding="utf-8")
     if html:
         pathlib.Path(html).write_text(html_text(made), encoding="utf-8")
+    if _TRACE.value:
+        write_trace(answers[0].timeline, _TRACE.value, title=answers[0].subject.title)
     if isinstance(found, Comparison):
         terminal.show_difference(console, found, _TOP.value)
     else:
         terminal.show(console, found, _TOP.value)
-    for path in (json, html):
+    for path in (json, html, _TRACE.value):
         if path and path != "-":
             console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)
 

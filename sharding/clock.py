@@ -82,7 +82,7 @@ class Run:
 
 
 _GAPS = OnPath("overhead", "between kernels", "")
-_LINKS = OnPath("overhead", "links in use", "")
+_IN_USE = OnPath("overhead", "links in use", "")
 
 
 class _Going(NamedTuple):
@@ -90,6 +90,7 @@ class _Going(NamedTuple):
 
     Attributes:
       until_s: when a collective will be done, from the start of the run.
+      sending_s: how long of that is for its links, others before it included.
       left_s: what of a copy is left to do.
       path: how its end came about, see `_Chain`.
       began_s: for the trace.
@@ -98,6 +99,7 @@ class _Going(NamedTuple):
     step: Step
     price: Price
     until_s: float
+    sending_s: float
     left_s: float
     path: "_Chain | None"
     began_s: float
@@ -199,7 +201,7 @@ class _Running:
             if not step.is_beside:
                 self._finish(self._going.pop())
         elif step.is_beside:
-            going = _Going(step, price, 0.0, price.seconds, self._path, self._now)
+            going = _Going(step, price, 0.0, 0.0, price.seconds, self._path, self._now)
             self._going.append(going)
         else:
             self._kernels += 1
@@ -272,25 +274,25 @@ class _Running:
         axis = max(step.sends, key=lambda row: row.wire_bytes).axis
         track = f"{axis} links"
         links = track if self._pricer.chip.topology != _SHARED else _SHARED
-        start = self._now + price.gap_s
+        ready = start = self._now + price.gap_s
         path = _Chain(_GAPS, price.gap_s, self._path) if price.gap_s else self._path
-        if (free := self._free.get(links, 0.0)) > start:
+        if (free := self._free.get(links, 0.0)) > ready:
             before = [e for e in self._going if e.until_s == free and e.path]
-            path = before[-1].path if before else _Chain(_LINKS, free, None)
+            path = before[-1].path if before else _Chain(_IN_USE, free, None)
             start = free
         until = start + price.seconds
         path = _Chain(_on_path(step, price), price.seconds, path)
         self._free[links] = until
         self._collectives += 1
         self._span(start, price.seconds, track, step)
-        self._going.append(_Going(step, price, until, 0.0, path, start))
+        self._going.append(_Going(step, price, until, until - ready, 0.0, path, start))
 
     def _finish(self, each: _Going) -> None:
         """Waits until something that goes on is done."""
         if not each.step.sends:
             self._finish_copy(each)
         elif (exposed := each.until_s - self._now) > 0:
-            linked = min(exposed, each.price.seconds)
+            linked = min(exposed, each.sending_s)
             self._parts[each.price.limit] += linked
             self._parts["overhead"] += exposed - linked
             self._now = each.until_s

@@ -9,6 +9,7 @@ from sharding.hlo.records import Cost, Product, Step
 
 # What chips call the matrix rates of narrow dtypes; wider ones run as the program's.
 _NARROW = {"s8": "int8", "u8": "int8"}
+_WIDE = {"bf16": "bf16", "f16": "bf16", "f32": "fp32"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +38,20 @@ class Pricer:
 
     Args:
       chip: a whole chip; the share of one device is taken here.
-      dtype: of the program's matrix products, e.g. "bf16" or "float32".
+      dtype: of the program's matrix products, e.g. "bf16" or "float32", whatever
+        they were made of since; None: each product's own.
 
     Raises:
       ValueError: the chip has no rate for `dtype`.
     """
 
-    def __init__(self, chip: Chip, dtype: str):
+    def __init__(self, chip: Chip, dtype: str | None):
         self.chip = chip.per_device()
         self._published = self.chip.published()
         self._dtype = dtype
-        self._matrix = self.chip.matmul_flops_per_s(dtype)
+        self._slowest = min(self.chip.flops_per_s, key=self.chip.matmul_flops_per_s)
+        if dtype is not None:
+            self.chip.matmul_flops_per_s(dtype)
         self._known: dict[tuple[object, ...], Price] = {}
         self._gap_s = rates.kernel_gap_s(self.chip)
         self._collective_gap_s = rates.collective_gap_s(self.chip)
@@ -87,10 +91,8 @@ class Pricer:
 
     def _kernel(self, step: Step, cost: Cost) -> tuple[float, float, str]:
         """Returns seconds, seconds in memory, and what limits a kernel."""
-        matrix = self._matrix
-        if step.products and all(self._rate(p) != self._dtype for p in step.products):
-            matrix = self.chip.matmul_flops_per_s(self._rate(step.products[0]))
-        product_s = cost.matmul_flops / matrix
+        rate = self._rate(step.products[0].dtype if step.products else "bf16")
+        product_s = cost.matmul_flops / self.chip.matmul_flops_per_s(rate)
         vector_s = rates.vector_s(self.chip, cost.flops - cost.matmul_flops)
         ideal_s = cost.hbm_bytes / self.chip.hbm_bytes_per_s
         limit = "compute" if max(product_s, vector_s) > ideal_s else "hbm"
@@ -117,14 +119,16 @@ class Pricer:
         return measured / ideal if ideal else 1.0
 
     def _product_s(self, chip: Chip, p: Product) -> float:
-        dtype = self._rate(p)
+        dtype = self._rate(p.dtype)
         if p.batch > 1:
             return rates.scores_s(chip, p.batch, p.m, p.n, p.k, dtype)
         weights = p.weight_bytes
         return rates.matmul_s(chip, p.m, p.n, p.k, dtype, weight_bytes=weights)
 
-    def _rate(self, product: Product) -> str:
-        """Returns the dtype whose matrix rate a product has."""
-        name = product.dtype
-        narrow = "fp8" if name.startswith("f8") else _NARROW.get(name)
-        return narrow if narrow and narrow in self.chip.flops_per_s else self._dtype
+    def _rate(self, dtype: str) -> str:
+        """Returns the dtype whose matrix rate products of an HLO dtype have."""
+        narrow = "fp8" if dtype.startswith("f8") else _NARROW.get(dtype)
+        if narrow and narrow in self.chip.flops_per_s:
+            return narrow
+        own = _WIDE.get(dtype, self._slowest)
+        return self._dtype or (own if own in self.chip.flops_per_s else self._slowest)

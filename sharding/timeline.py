@@ -58,7 +58,7 @@ def lay_out(
     ledger: Ledger,
     chip: Chip,
     *,
-    dtype: str = "bf16",
+    dtype: str | None = "bf16",
     call_s: float = 0.0,
     least_s: float = 0.0,
 ) -> Timeline:
@@ -67,7 +67,7 @@ def lay_out(
     Args:
       ledger: of one device and one call.
       chip: rates of a whole chip; the share of one device is taken here.
-      dtype: of the matrix products, e.g. "bf16" or "float32".
+      dtype: of the matrix products, e.g. "bf16" or "float32"; None: as they are.
       call_s: of the call, before its first step.
       least_s: that a call takes, whatever it does.
 

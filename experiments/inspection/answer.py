@@ -8,12 +8,14 @@ from typing import Any
 
 from experiments.inspection import names
 from experiments.inspection.inputs import Subject
+from sharding import rates
 from sharding.chips import CHIPS, Chip
 from sharding.estimate import collective_time_s
 from sharding.hlo.analysis import Analysis, analyze
 from sharding.hlo.programs import load
 from sharding.hlo.records import Collective
 from sharding.hlo.roofline import Bound
+from sharding.timeline import OnPath, Timeline, lay_out
 
 # What a program is priced as where neither it nor the caller says, by its compiler.
 _USUAL = {"cpu": "cpu", "gpu": "h100", "tpu": "v5p"}
@@ -58,6 +60,26 @@ class Answer:
         """The sum of all bounds: instructions follow each other."""
         roofline = self.analysis.roofline
         return sum(roofline.time_s.values()) if roofline else 0.0
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """One call on a clock, as a prediction and not as a bound."""
+        ledger, device = self.analysis.ledger, self.chip.per_device()
+        call_s = rates.call_overhead_s(device, devices=ledger.devices)
+        return lay_out(ledger, self.chip, dtype=None, call_s=call_s)
+
+    @functools.cached_property
+    def path(self) -> list[tuple[OnPath, float]]:
+        """What the critical path is made of, equal layers as one, longest first."""
+        every = names.groups(self.timeline.path.items(), _path_key)
+        summed = [
+            (
+                rows[0][0]._replace(op_name=names.alike([w.op_name for w, _ in rows])),
+                sum(seconds for _, seconds in rows),
+            )
+            for rows in every
+        ]
+        return sorted((row for row in summed if row[1]), key=lambda row: -row[1])
 
     def link_time_s(self, row: Collective) -> float:
         """Returns how long all executions of `row` take at least."""
@@ -124,6 +146,11 @@ def _one_collective(rows: Sequence[Collective]) -> Collective:
         op_name=names.alike([row.op_name for row in rows]),
         loop=_one_loop([row.loop for row in rows]),
     )
+
+
+def _path_key(row: tuple[OnPath, float]) -> tuple[object, ...]:
+    what, _ = row
+    return (what.limit, names.pattern(what.op_name), what.source)
 
 
 def _bound_key(row: Bound) -> tuple[object, ...]:

@@ -39,6 +39,7 @@ def one(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "hbm_bytes": a.hbm_bytes,
         "xla_flops": a.xla_flops,
         "time_s": dict(roofline.time_s) if roofline else None,
+        "timeline": _timeline(answer),
         "collectives": [
             {**dataclasses.asdict(row), "payload_bytes_each": row.payload_bytes_each}
             for row in a.ledger.collectives
@@ -55,6 +56,23 @@ def one(answer: Answer, provenance: Provenance) -> dict[str, Any]:
         "advice": [dataclasses.asdict(each) for each in a.advice],
         "warnings": list(a.warnings),
         "provenance": dataclasses.asdict(provenance),
+    }
+
+
+def _timeline(answer: Answer) -> dict[str, Any]:
+    t = answer.timeline
+    return {
+        "rates": answer.chip.rates_from,
+        "total_s": t.total_s,
+        "parts_s": dict(t.parts),
+        "busy_s": dict(t.busy_s),
+        "idle_s": t.idle_s,
+        "kernels": t.kernels,
+        "collectives": t.collectives,
+        "xla_cycles": t.cycles,
+        "critical_path": [
+            {**what._asdict(), "seconds": seconds} for what, seconds in answer.path
+        ],
     }
 
 

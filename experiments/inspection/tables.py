@@ -130,6 +130,44 @@ def _bound(answer: Answer, row: Bound) -> tuple[Cell, ...]:
     )
 
 
+def parts(answer: Answer) -> Table:
+    """Returns where the time of the timeline goes, largest first; it adds up."""
+    found, total = answer.timeline.parts, answer.timeline.total_s
+    rows = sorted(found.items(), key=lambda item: -item[1])
+    return Table(
+        columns=("time", "share", "part"),
+        rows=tuple((*_time(s, total), Cell(text=name)) for name, s in rows if s),
+        figures=_FIGURES,
+    )
+
+
+def path(answer: Answer, limit: int | None = None) -> Table:
+    """Returns what the critical path is made of."""
+    rows, total = answer.path, answer.timeline.total_s
+    return Table(
+        columns=("time", "share", "limit", "line", "operation"),
+        rows=tuple(
+            (
+                *_time(seconds, total),
+                Cell(text=what.limit),
+                Cell(text=names.printable(what.source) or "-"),
+                Cell(text=names.printable(what.op_name)),
+            )
+            for what, seconds in rows[:limit]
+        ),
+        figures=_FIGURES,
+        left_out=len(rows[limit:]) if limit else 0,
+    )
+
+
+def _time(value: float, total: float) -> tuple[Cell, Cell]:
+    share = value / total if total else 0.0
+    return (
+        Cell(text=seconds(value), order=value),
+        Cell(text=units.percent(share), order=share),
+    )
+
+
 def _each_byte(value: float) -> str:
     if not value:
         return "-"

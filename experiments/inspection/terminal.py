@@ -48,6 +48,10 @@ def show(console: Console, answer: Answer, top: int) -> None:
     if answer.analysis.roofline:
         section(console, "Instructions", f"by least time on {_chip(answer)}")
         table(console, tables.instructions(answer, top))
+    section(console, "Timeline", _clock(answer))
+    table(console, tables.parts(answer))
+    section(console, "Critical path", "what would have to be shorter")
+    table(console, tables.path(answer, top))
     loops = tables.loops(answer, top)
     if loops.rows:
         section(console, "Loops", "")
@@ -240,6 +244,19 @@ def _columns(content: Table, width: int) -> dict[int, int]:
         wanted[i] = max(min(wanted[i], room // (len(paths) - done)), 8)
         room -= wanted[i]
     return wanted
+
+
+def _clock(answer: Answer) -> str:
+    """Returns what is said above the timeline."""
+    t, priced = answer.timeline, answer.chip.rates_from
+    idle = tables.seconds(t.idle_s.get("kernels", t.total_s))
+    said = (
+        f"{tables.seconds(t.total_s)} a call by {priced}, {idle} of it no kernel runs;"
+    )
+    said += f" {t.kernels:,.0f} kernels, {t.collectives:,.0f} collectives"
+    if t.cycles:
+        said += f"; XLA itself estimates {t.cycles:,.0f} cycles"
+    return said
 
 
 def _chip(answer: Answer) -> str:
