@@ -29,7 +29,7 @@ from jaxllm import config as config_lib
 from sharding import choices, hlo, limits
 from sharding.estimate import Estimate, estimate
 from sharding.partition import Partition, Workload, check, parse_partitions
-from sharding.program import CompiledProgram, Phase, Program
+from sharding.program import CompiledProgram, Memory, Phase, Program
 from sharding.target import Target, parse_target
 
 # What determines an answer besides the question; hashed into the context of a point.
@@ -61,6 +61,8 @@ class Ask:
     input_len: int
     output_len: int
     dtype: str = "bfloat16"
+    weights: str | None = None
+    kv: str | None = None
     layers: str = "auto"
     micro_batches: tuple[int | None, ...] = (None,)
     fewer: bool = False
@@ -101,6 +103,8 @@ def plan(ask: Ask) -> tuple[list[Point], list[str]]:
             partition=partition.name,
             rules=rules,
             dtype=ask.dtype,
+            weights=ask.weights,
+            kv=ask.kv,
             layers=ask.layers,
             batch_size=batch_size,
             input_len=ask.input_len,
@@ -191,6 +195,41 @@ class Compiler:
     def compile(self, program: Program, target: Target) -> CompiledProgram:
         return program.compile(target)
 
+    def count(self, program: Program, target: Target) -> "Counted":
+        """Returns what `program` does and holds when compiled for `target`.
+
+        Raises:
+          ValueError: it holds something that cannot be counted.
+        """
+        return count(program, self.compile(program, target))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted:
+    """A compiled program as far as its price and its record go.
+
+    Attributes are those of a `CompiledProgram`, with a ledger in place of its text.
+    """
+
+    ledger: hlo.Ledger
+    memory: Memory
+    xla_flops: float | None
+    compile_s: float
+    ticks: int
+    busy_ticks: int
+
+
+def count(program: Program, compiled: CompiledProgram) -> Counted:
+    """Returns what a compiled program does and holds."""
+    return Counted(
+        ledger=hlo.read_ledger(compiled.text, program.partition.axes),
+        memory=compiled.memory,
+        xla_flops=compiled.xla_flops,
+        compile_s=compiled.compile_s,
+        ticks=compiled.ticks,
+        busy_ticks=compiled.busy_ticks,
+    )
+
 
 COMPILER = Compiler()
 
@@ -231,6 +270,7 @@ def programs(
         num_devices=target.num_devices,
         target=target.name,
     )
+    stored: dict[str, Any] = dict(weights=point.weights, kv=point.kv)
     written: dict[Phase, Program] = {
         phase: Program(
             phase=phase,
@@ -238,6 +278,7 @@ def programs(
             partition=partition,
             workload=workload,
             dtype=point.dtype,
+            **stored,
             micro_batches=point.asked_micro_batches,
         )
         for phase in PHASES
@@ -282,7 +323,7 @@ def evaluate_phase(
     )
     program = written[phase]
     try:
-        compiled = compiler.compile(program, target)
+        counted = compiler.count(program, target)
     except jax.errors.JaxRuntimeError as error:
         exceeded = too_large(str(error))
         if exceeded is None:
@@ -298,7 +339,7 @@ def evaluate_phase(
             needed_bytes=needed,
             available_bytes=available,
         )
-    record, parts, limit_s = price(program, compiled, target)
+    record, parts, limit_s = price_counted(program, counted, target)
     needed = record.memory.peak_bytes
     listed = ", ".join(f"{n} {units.bytes_(b)}" for n, b in record.memory.items())
     return answer(
@@ -357,9 +398,21 @@ def price(
     program: Program, compiled: CompiledProgram, target: Target
 ) -> tuple[PhaseRecord, TimeParts, float]:
     """Returns a phase's record, where its time goes, and its limit in seconds."""
-    ledger = hlo.read_ledger(compiled.text, program.partition.axes)
-    ticks = dict(ticks=compiled.ticks, busy_ticks=compiled.busy_ticks)
-    parts = _parts(estimate(ledger, target.chip, dtype=program.dtype, **ticks))
+    return price_counted(program, count(program, compiled), target)
+
+
+def estimated(program: Program, counted: Counted, target: Target) -> Estimate:
+    """Returns how long a call of a program should take on the chip of `target`."""
+    ticks = dict(ticks=counted.ticks, busy_ticks=counted.busy_ticks)
+    return estimate(counted.ledger, target.chip, dtype=program.dtype, **ticks)
+
+
+def price_counted(
+    program: Program, counted: Counted, target: Target
+) -> tuple[PhaseRecord, TimeParts, float]:
+    """Returns what `price` does, of a program that was read before."""
+    ledger = counted.ledger
+    parts = _parts(estimated(program, counted, target))
     device = target.chip.per_device()
     work = limits.work(program)
     limit_s = limits.limit_s(program, target.chip)
@@ -368,10 +421,10 @@ def price(
         flops=ledger.flops,
         hbm_bytes=ledger.hbm_bytes,
         collectives=merged(ledger.collectives),
-        memory=MemoryRow(**dataclasses.asdict(compiled.memory)),
-        compile_s=compiled.compile_s,
+        memory=MemoryRow(**dataclasses.asdict(counted.memory)),
+        compile_s=counted.compile_s,
         closed_form_flops=limits.closed_form_flops(program),
-        xla_flops=compiled.xla_flops,
+        xla_flops=counted.xla_flops,
         bottleneck=parts.bottleneck,
         pct_of_limit=100 * limit_s / parts.total_s,
         mfu=work.flops / device.matmul_flops_per_s(program.dtype) / parts.total_s,
@@ -380,7 +433,8 @@ def price(
         unrolled_ticks=program.ticks == "unrolled"
         if program.partition.stage > 1
         else None,
-        **ticks,
+        ticks=counted.ticks,
+        busy_ticks=counted.busy_ticks,
     )
     return phase, parts, limit_s
 

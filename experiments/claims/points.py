@@ -188,8 +188,6 @@ def _point(
     batch_size: int,
     micro_batches: int | None,
 ) -> Point:
-    names = {field.name for field in dataclasses.fields(Ask)}
-    stored = {n: getattr(case, n) for n in ("weights", "kv") if n in names}
     points, wrong = plan(
         Ask(
             models=(case.model,),
@@ -201,7 +199,8 @@ def _point(
             input_len=case.input_len,
             output_len=case.output_len,
             micro_batches=(micro_batches,),
-            **stored,
+            weights=case.weights,
+            kv=case.kv,
         )
     )
     if wrong:

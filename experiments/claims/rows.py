@@ -105,8 +105,8 @@ class Row:
         found = cls(
             key="",
             whole=whole,
-            weights=getattr(record, "weights", None) or record.dtype,
-            kv=getattr(record, "kv", None) or record.dtype,
+            weights=record.weights or record.dtype,
+            kv=record.kv or record.dtype,
             links=links,
             memory=memory,
             rates=_rates(record.chip, links),

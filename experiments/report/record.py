@@ -46,6 +46,8 @@ class Point:
       num_devices: JAX devices of the target; a chip may show two.
       layers: "unrolled", "scanned", or "auto" where each phase has its own.
       asked_micro_batches: into which prefill is cut; None leaves it to the program.
+      weights: format in which matrices are stored, such as "int8"; None: `dtype`.
+      kv: format of the cache; None: `dtype`.
       context: digests and versions of everything else that determines the answer
         (code, model config, chip file, jax, plugins, compiler flags). Two points
         that differ only here are never mixed in one report.
@@ -64,6 +66,8 @@ class Point:
     input_len: int
     output_len: int
     asked_micro_batches: int | None = None
+    weights: str | None = None
+    kv: str | None = None
     context: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -261,6 +265,8 @@ class Record:
     decode: PhaseRecord | None
     provenance: Provenance
     asked_micro_batches: int | None = dataclasses.field(default=None, metadata=_ADDED)
+    weights: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    kv: str | None = dataclasses.field(default=None, metadata=_ADDED)
     predicted_ttft_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
     predicted_tpot_s: float | None = dataclasses.field(default=None, metadata=_ADDED)
     measurement: Measurement | None = dataclasses.field(default=None, metadata=_ADDED)
