@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import ModelConfig, RopeScaling
-from jaxllm.quantized import GROUP, product
+from jaxllm.quantized import GROUP, Quantized, product
 
 # Pins an activation, whose dimensions are named, to a layout; returns it.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
@@ -96,8 +96,9 @@ def _columns(
 ) -> Array:
     """Returns `x` times `weight`, with the columns told apart as `slots`."""
     out = multiply(x, weight.get_value())
-    # Else XLA:TPU tells the weight's columns apart too, and copies the whole weight.
-    out = jax.lax.optimization_barrier(out)
+    if not isinstance(weight.get_value(), Quantized):  # whose products end in one
+        # Else XLA:TPU tells the weight's columns apart too, and copies all of it.
+        out = jax.lax.optimization_barrier(out)
     return out.reshape(*out.shape[:2], *slots)
 
 

@@ -10,7 +10,7 @@ multiplied is the stored value, converted on the way into the product, so that c
 read 8 or 4 bits and never write a wide copy; scales are applied beside it. A column's
 scale multiplies the result. A group's would have to multiply the weights, which makes
 XLA write them out; so groups lie along the outputs, where each is a product of its own,
-of activations times the scales of their rows.
+of activations times the scales of their rows (`product` says when).
 
 Scales are symmetric: the largest value of a column or group is the largest stored one.
 Embedding, head and norms stay as they are.
@@ -29,6 +29,7 @@ WeightFormat = Literal["int8", "fp8", "int4"]
 KVFormat = Literal["int8", "fp8"]
 
 GROUP = 128  # outputs that share a scale with a row of inputs, at most
+MANY_TOKENS = 1024  # from which on a weight in groups is written out wide
 
 _DTYPES: Mapping[str, Any] = {
     "int8": jnp.int8,
@@ -130,19 +131,27 @@ def dequantize(stored: Quantized) -> Float[Array, "D N"]:
 
 
 def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
-    """Returns `x` times a weight, an array [D, N] or `Quantized`."""
+    """Returns `x` times a weight, an array [D, N] or `Quantized`.
+
+    Groups are products of their own for a few tokens. Of many, which are scaled anew
+    for every group, the weight is the smaller: it is written out wide, layer by layer.
+    """
     if not isinstance(weight, Quantized):
         return jnp.einsum("BTD,DN->BTN", x, weight)
-    values = weight.values.astype(x.dtype)
+    values, scale = weight.values.astype(x.dtype), weight.scale
     if values.ndim == 2:
-        # Where D is split over devices, they add up narrow results: scales come after.
-        out = jnp.einsum("BTD,DN->BTN", x, values).astype(jnp.float32)
-        return (out * weight.scale[None, None]).astype(x.dtype)
-    # Else XLA:GPU scales where `x` is made, and writes a copy of it for every group.
-    x = jax.lax.optimization_barrier(x)
-    rows = x[None] * weight.scale.astype(x.dtype)[:, None, None]
-    out = jnp.einsum("JBTD,JDg->BTJg", rows, values)
-    return out.reshape(*x.shape[:2], -1)
+        out = jnp.einsum("BTD,DN->BTN", x, values)
+        # Scales are applied where the result is read, not in a pass of their own.
+        out = jax.lax.optimization_barrier(out).astype(jnp.float32)
+        return (out * scale[None, None]).astype(x.dtype)
+    scale = scale.astype(x.dtype)
+    if x.shape[0] * x.shape[1] < MANY_TOKENS:
+        rows = x[None] * scale[:, None, None]
+        out = jnp.einsum("JBTD,JDg->BTJg", rows, values).reshape(*x.shape[:2], -1)
+    else:
+        matrix = (values * scale[:, :, None]).swapaxes(0, 1).reshape(x.shape[2], -1)
+        out = jnp.einsum("BTD,DN->BTN", x, matrix)
+    return jax.lax.optimization_barrier(out)
 
 
 def narrow_like(new: Any, old: Any) -> Any:

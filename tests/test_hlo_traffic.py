@@ -47,6 +47,19 @@ FUSED = """
   %b = bf16[640,32] bitcast(%c)
   ROOT %d = bf16[640,32] dynamic-update-slice(%b, %u, %i, %z)
 }
+%other_tiles (c: bf16[640,32]) -> bf16[640,32] {
+  %c = bf16[640,32]{1,0:T(16,128)} parameter(0)
+  ROOT %k = bf16[640,32]{1,0:T(8,128)} copy(%c)
+}
+%update_of_other_tiles (c: bf16[640,32], u: bf16[1,32], i: s32[]) -> bf16[640,32] {
+  %c = bf16[640,32]{1,0:T(16,128)} parameter(0)
+  %u = bf16[1,32] parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %k = bf16[640,32]{1,0:T(8,128)} fusion(%c), kind=kLoop, \
+output_to_operand_aliasing={{}: (0, {})}, calls=%other_tiles
+  ROOT %d = bf16[640,32]{1,0:T(8,128)} dynamic-update-slice(%k, %u, %i, %z)
+}
 %update_of_zeros (u: f32[1,32], i: s32[]) -> f32[640,32] {
   %u = f32[1,32] parameter(0)
   %i = s32[] parameter(1)
@@ -157,6 +170,10 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
         (["bf16[1,640,32]", "bf16[1,32]", "s32[]"],
          "bf16[640,32] fusion(%a, %b, %c), kind=kLoop, calls=%update_of_bitcast",
          64 + 4 + 64),
+        # TPU: the buffer itself, in other tiles
+        (["bf16[640,32]", "bf16[1,32]", "s32[]"],
+         "bf16[640,32] fusion(%a, %b, %c), kind=kLoop, calls=%update_of_other_tiles",
+         64 + 4 + 64),
         # a fresh buffer has to be written whole
         (["f32[1,32]", "s32[]"],
          "f32[640,32] fusion(%a, %b), kind=kLoop, calls=%update_of_zeros",
@@ -175,7 +192,7 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
          " fusion-start(%a, %b), kind=kLoop, calls=%inner", SLICE + 4 + SLICE),
     ],
     ids=[
-        "slice", "lazy", "twice", "update", "tuple", "bitcast", "fresh", "copy",
+        "slice", "lazy", "twice", "update", "tuple", "bitcast", "tiles", "fresh", "copy",
         "nested", "async",
     ],
 )  # fmt: skip

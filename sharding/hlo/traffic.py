@@ -11,6 +11,7 @@ traffic. The local traffic of collectives is not counted here.
 from collections.abc import Callable, Iterator
 
 from sharding.hlo import custom_calls
+from sharding.hlo.aliases import output_to_operand
 from sharding.hlo.opcodes import (
     COLLECTIVES,
     DATA_MOVEMENT,
@@ -154,7 +155,7 @@ class TrafficCounter:
             _add(demand, operands[0], [min(written, operands[0].shape.size)])
         if not outermost:  # updates before this one, to the same buffer
             buffer = operands[0]
-            while buffer.opcode == "bitcast":
+            while buffer.opcode == "bitcast" or self._is_recut(buffer):
                 buffer = computation.operands(buffer)[0]
             written += sum(self._result(buffer, computation, demand))
         return written
@@ -180,11 +181,20 @@ class TrafficCounter:
 
     def _is_buffer(self, instruction: Instruction, computation: Computation) -> bool:
         """Whether this is a parameter, perhaps already updated in place."""
-        while instruction.opcode in _ALIASES:
+        while instruction.opcode in _ALIASES or self._is_recut(instruction):
             instruction = computation.operands(instruction)[0]
         if instruction.opcode == "parameter":
             return True
         return self._in_place(instruction, computation)
+
+    def _is_recut(self, instruction: Instruction) -> bool:
+        """Whether this is a fusion that sees its operand in other tiles, in place."""
+        if instruction.opcode != "fusion" or output_to_operand(instruction) != [
+            ((), 0, ())
+        ]:
+            return False
+        called = self._module.computation(instruction.called("calls"), instruction)
+        return called.root.opcode == "copy" and len(called.instructions) == 2
 
     def _body(self, computation: Computation) -> tuple[list[list[int]], list[int]]:
         """Returns what a fusion reads of each parameter, and writes, in elements."""
