@@ -55,8 +55,15 @@ _MICRO_BATCHES = flags.DEFINE_enum(
 _INPUT_LEN = flags.DEFINE_integer("input_len", 2048, "Prompt tokens.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "New tokens.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of weights and cache."
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float16", "float32"],
+    "Of activations, and of what is not said.",
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["int8", "fp8", "int4"], "How weights are stored, if not so."
+)
+_KV = flags.DEFINE_enum("kv", None, ["int8", "fp8"], "How the cache is, if not so.")
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
 )
@@ -99,6 +106,8 @@ def _ask() -> Ask:
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
+        weights=_WEIGHTS.value,
+        kv=_KV.value,
         layers=_LAYERS.value,
     )
 

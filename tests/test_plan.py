@@ -411,6 +411,7 @@ def test_changes_are_for_what_was_asked() -> None:
     assert titles["other chip"][0] == "h200:4"
     assert "4 x b200, priced from h100 programs" in titles["other chip"]
     assert titles["smaller batch"] == ["a smaller batch"]
+    assert titles["fewer bits"][:2] == ["weights in int8", "weights in int4"]
     tpu = dataclasses.replace(ASK, targets=("v5p:2x2x2",), batch_sizes=())
     titles = {
         kind[0].title: [t.label for t in kind] for kind in changes.tries(tpu) if kind
@@ -438,5 +439,5 @@ def test_ties_and_what_binds_are_told() -> None:
     larger = [b for b in BATCHES if b > best.batch_size]
     assert f"batch {larger[0]} it" in named["What binds"]
     assert f"{len(candidates)} candidates" in named["Searched"]
-    families = {row[0] for row in found.families[1]}
-    assert families == {c.family for c in candidates}
+    rows = {row[0] for row in found.families[1]}
+    assert rows == {f"{c.point.partition} {c.point.rules}" for c in candidates}

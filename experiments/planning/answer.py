@@ -191,8 +191,19 @@ def _ties(search: Search, ranked: Sequence[Candidate]) -> str:
     best, *rest = ranked
     most = search.value(best)
     near = [c for c in rest if search.value(c) >= most * (1 - NEAR)]
+    others = {
+        f"{c.point.partition} {c.point.rules}"
+        for c, v in search.verdicts().values()
+        if v.fate == "beaten" and search.value(c) >= most * (1 - NEAR)
+    }
+    unseen = ""
+    if others:
+        unseen = (
+            f"Not compiled, for they cannot be better, but may be as near:"
+            f" {', '.join(sorted(others))}."
+        )
     if not near:
-        return ""
+        return unseen
     listed = "; ".join(
         f"{name(c)}, {units.percent(1 - search.value(c) / most)} less, with TTFT"
         f" {units.seconds(search.prospect(c).ttft_s)} and TPOT"
@@ -211,8 +222,8 @@ def _ties(search: Search, ranked: Sequence[Candidate]) -> str:
     )
     return (
         f"Within {100 * NEAR:.0f} % of the best, which estimates cannot tell apart:"
-        f" {listed}{more}. {chosen}"
-    )
+        f" {listed}{more}. {chosen} {unseen}"
+    ).strip()
 
 
 def _missed(search: Search, outcomes: Sequence[Outcome]) -> str:
@@ -264,10 +275,11 @@ def _best_table(search: Search, ranked: Sequence[Candidate]) -> Table:
 
 
 def _families_table(search: Search) -> Table:
-    """Returns a row for each family: its kindest candidate, and what became of it."""
+    """Returns a row for each partition and rules: what became of its best candidate."""
     groups: dict[str, list[tuple[Candidate, Verdict]]] = {}
     for candidate, verdict in search.verdicts().values():
-        groups.setdefault(candidate.family, []).append((candidate, verdict))
+        name = f"{candidate.point.partition} {candidate.point.rules}"
+        groups.setdefault(name, []).append((candidate, verdict))
     kept: list[tuple[Candidate, Verdict]] = []
     for pairs in groups.values():
         fate = min((v.fate for _, v in pairs), key=_KINDEST.index)
@@ -297,7 +309,7 @@ def _families_table(search: Search) -> Table:
 def _merit(search: Search, candidate: Candidate, verdict: Verdict) -> tuple[float, ...]:
     """Returns a sort key: nearest to the objective, then the best."""
     if candidate.refused is not None:
-        return (0.0, float(candidate.batch_size))
+        return (0.0, -float(candidate.batch_size))
     missed = search.prospect(candidate).misses(search.objective)
     return (-missed[0][1] if missed else 0.0, search.value(candidate))
 

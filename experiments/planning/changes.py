@@ -150,10 +150,7 @@ def targets(ask: Ask) -> list[str]:
 
 
 def _fewer_bits(ask: Ask) -> list[tuple[str, dict[str, str]]]:
-    """Returns narrower ways to store weights and cache, where programs have them."""
-    known = {field.name for field in dataclasses.fields(ask)}
-    if not {"weights", "kv"} <= known:
-        return []
+    """Returns narrower ways to store weights and cache than what was asked."""
     steps = [
         ("weights in int8", {"weights": "int8"}),
         ("weights in int4", {"weights": "int4"}),

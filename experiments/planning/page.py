@@ -19,6 +19,7 @@ from experiments.report import html as pages
 from experiments.report.frontier import Objective
 from experiments.report.record import Provenance
 
+_MOST_ROWS = 16  # on a terminal
 _FILLED = {"done"}
 _SHOWN = ("done", "predicted", "beaten", "open", "batch", "limit")
 
@@ -46,6 +47,8 @@ def facts(ask: Ask) -> list[str]:
     return [
         f"{ask.input_len:,} tokens in, {ask.output_len:,} out",
         ask.dtype,
+        *([f"weights {ask.weights}"] if ask.weights else []),
+        *([f"cache {ask.kv}"] if ask.kv else []),
         f"rules {', '.join(ask.rules)}",
         f"partitions {', '.join(ask.partitions)}",
     ]
@@ -67,7 +70,10 @@ def show(console: Console, ask: Ask, objective: Objective, answer: Answer) -> No
         console.print("\n[bold]One change at a time[/]")
         console.print(terminal.table(answer.changes))
     console.print("\n[bold]The best of each partition and rule table[/]")
-    console.print(terminal.table(answer.families))
+    headings, rows = answer.families
+    console.print(terminal.table((headings, rows[:_MOST_ROWS])))
+    if len(rows) > _MOST_ROWS:
+        console.print(f"and {len(rows) - _MOST_ROWS} more, on the page", style="dim")
     if answer.commands:
         console.print("\n[bold]To verify by measurement, on the machine itself[/]")
         for command in answer.commands:

@@ -108,7 +108,7 @@ def command(candidate: Candidate) -> str:
         "output_len": p.output_len, "dtype": p.dtype,
     }  # fmt: skip
     for name in ("weights", "kv"):
-        if value := getattr(p, name, None):
+        if value := getattr(p, name):
             asked[name] = value
     if p.asked_micro_batches is not None:
         asked["micro_batches"] = p.asked_micro_batches
