@@ -61,7 +61,6 @@ def specs() -> Iterator[Spec]:
     """Yields everything that is asked, in the order of its weight."""
     tensor = ("tp8", "tp4", "tp2")
     yield Spec(case=LONG_70B, partitions=(*tensor, "pp8", "tp4_pp2"), batches=(256,))
-    yield Spec(case=LONG_70B, partitions=("tp8", "pp8"), batches=(256,), whole=True)
     yield Spec(
         case=LONG_405B, partitions=("tp8",), batches=(32,), links=(None, *SWEPT_LINKS)
     )
@@ -83,6 +82,7 @@ def specs() -> Iterator[Spec]:
     yield Spec(
         case=LONG_70B, partitions=pipeline, batches=(512,), links=(None, FIFTH, 1.0)
     )
+    yield Spec(case=LONG_70B, partitions=("tp8", "pp8"), batches=(256,), whole=True)
     yield Spec(case=LONG_70B, partitions=SINGLE, batches=(1, 32))
     yield Spec(case=LONG_405B, partitions=("tp8", "tp4_pp2", "pp8"), batches=(1, 512))
     for case in (LONG_70B, LONG_405B):
