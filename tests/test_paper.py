@@ -22,7 +22,7 @@ from experiments.claims import (
     sweep,
     throughput,
 )
-from experiments.claims.accounting import account, power_of_two
+from experiments.claims.accounting import account, ideal_ttft_s, power_of_two
 from experiments.claims.claims import CLAIMS, CROSSOVERS
 from experiments.claims.judge import DEPENDS, FAILS, HOLDS, UNKNOWN
 from experiments.claims.printed import (
@@ -284,6 +284,20 @@ class TestAccounting:
         assert held == pytest.approx(64 * closed.sequence_bytes, rel=0.03)
         held = layout.device_bytes(layout.named_params())
         assert held == pytest.approx(closed.weights_bytes, rel=0.03)
+
+    def test_eight_bit_products_bring_back_what_the_paper_saw(self) -> None:
+        chip = CHIP_FILES["mi355x"]
+
+        def ttft_s(tensor: int, dtype: str = "fp8", links: float = 1) -> float:
+            return ideal_ttft_s(LONG_405B, chip, tensor, 32, dtype=dtype, links=links)
+
+        # 2 x 403e9 x 32 x 9428 and attention, at 5,033 TFLOP/s.
+        assert ttft_s(1) == pytest.approx(50.6, rel=0.01)
+        # 252 all-reduces of 9.89 GB over one link of 76.8 GB/s, half the work each.
+        assert ttft_s(2) - ttft_s(1) / 2 == pytest.approx(32.4, rel=0.01)
+        assert ttft_s(2) > ttft_s(1)
+        assert ttft_s(2, "bf16") < ttft_s(1, "bf16")
+        assert ttft_s(8, links=2) / ttft_s(8) == pytest.approx(0.72, abs=0.01)
 
     def test_powers_of_two(self) -> None:
         assert [power_of_two(n) for n in (0, 1, 31, 32, 870)] == [0, 1, 16, 32, 512]

@@ -14,6 +14,7 @@ import dataclasses
 from experiments.claims.printed import Case
 from jaxllm import config as config_lib
 from sharding.chips import Chip
+from sharding.links import links_used
 from sharding.partition import Partition
 
 _BITS = {"int4": 4, "int8": 8, "fp8": 8, "bfloat16": 16, "float32": 32}
@@ -69,6 +70,43 @@ def account(case: Case, chip: Chip, partition: str) -> Account:
         group=sequences // split.stage,
         group_alone=sequences,
     )
+
+
+def ideal_ttft_s(
+    case: Case,
+    chip: Chip,
+    tensor: int,
+    batch_size: int,
+    *,
+    dtype: str,
+    links: float = 1,
+) -> float:
+    """Returns TTFT of tensor parallelism if only products and all-reduces took time.
+
+        2 (L x layer_params) B T + 2 L N H B T^2, at the peak for `dtype`, / t
+        + 2 L all-reduces of B T D in 16 bits, 2 (t - 1) / t, over the links used
+
+    It leaves out memory, latency and overlap: what a simulator of products would say.
+
+    Args:
+      case: model and prompt length.
+      chip: published rates.
+      tensor: t, devices that share each layer.
+      batch_size: B, sequences.
+      dtype: of the products.
+      links: rate of every link, in times its own.
+    """
+    config, device = config_lib.load(case.model), chip.per_device()
+    tokens = batch_size * case.input_len
+    flops = 2 * config.num_layers * config.layer_params * tokens
+    width = config.num_heads * config.head_dim
+    flops += 2 * config.num_layers * width * tokens * case.input_len
+    compute_s = flops / tensor / device.matmul_flops_per_s(dtype)
+    if tensor == 1:
+        return compute_s
+    wire = 2 * config.num_layers * tokens * config.embed_dim * 2 * 2 * (tensor - 1)
+    used = links_used("all-reduce", tensor, device) * device.link_bytes_per_s * links
+    return compute_s + wire / tensor / used
 
 
 def power_of_two(number: int) -> int:
