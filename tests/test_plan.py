@@ -286,7 +286,10 @@ def swept() -> dict[str, PhaseAnswer]:
 
 
 class Known(Workers):
-    """Workers that look answers up, so that nothing is compiled a second time."""
+    """Workers that look answers up, so that nothing is compiled a second time.
+
+    What is not known fails, as if the compiler had died of it.
+    """
 
     def __init__(self, answers: Mapping[str, PhaseAnswer]):
         super().__init__(1, fakes.no_setup)
@@ -299,7 +302,9 @@ class Known(Workers):
     def follow(self, function, following):
         while (item := following()) is not None:
             yield Event(kind="started", item=item)
-            yield Event(kind="finished", item=item, value=self.answers[item.key])
+            value = self.answers.get(item.key)
+            kind = "broke" if value is None else "finished"
+            yield Event(kind=kind, item=item, value=value, reason="not known")
 
 
 def _plan(
@@ -399,6 +404,8 @@ def test_a_missed_objective_says_what_would_do(
     assert rows["longer TPOT"][1] == "yes"
     assert "(+25 %) would do" in rows["longer TPOT"][2]
     assert rows["longer TTFT"][1:] == ["no", "no value of it would do alone"]
+    assert rows["fewer bits"][1] == "no"
+    assert "most devices" in rows["more devices"][2]
     assert "It takes one change: TPOT of" in done.answer.headline
 
 
@@ -440,4 +447,4 @@ def test_ties_and_what_binds_are_told() -> None:
     assert f"batch {larger[0]} it" in named["What binds"]
     assert f"{len(candidates)} candidates" in named["Searched"]
     rows = {row[0] for row in found.families[1]}
-    assert rows == {f"{c.point.partition} {c.point.rules}" for c in candidates}
+    assert rows == {c.family for c in candidates}

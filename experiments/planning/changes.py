@@ -8,7 +8,7 @@ from experiments.planning import space
 from experiments.planning.search import Aim, Search
 from experiments.planning.space import Candidate
 from experiments.report import units
-from experiments.report.frontier import Objective
+from experiments.report.frontier import NEAR, Objective
 from sharding.chips import CHIPS, Chip
 from sharding.target import GPUS, MAX_GPUS
 
@@ -49,7 +49,10 @@ def relaxations(
     answers: dict[str, PhaseAnswer],
     solve: Solve,
 ) -> Iterator[Outcome]:
-    """Yields, for each bound, what it would have to be for the others to be met."""
+    """Yields, for each bound, what it would have to be for the others to be met.
+
+    To within `NEAR`: a search for the last percent would compile much for little.
+    """
     bounds: tuple[tuple[str, Aim, str], ...] = (
         ("ttft_s", "ttft", "longer TTFT"),
         ("tpot_s", "tpot", "longer TPOT"),
@@ -59,7 +62,7 @@ def relaxations(
         if (asked := getattr(objective, name)) is None:
             continue
         rest = dataclasses.replace(objective, **{name: None})
-        search = Search(candidates, rest, aim=aim, answers=answers)
+        search = Search(candidates, rest, aim=aim, answers=answers, within=-NEAR)
         solve(search)
         if not (best := search.best()):
             yield Outcome(title=title, words="no value of it would do alone")
@@ -125,22 +128,28 @@ def tried(
         solve(search)
         if best := search.best():
             found = search.prospect(best[0])
-            return Outcome(
-                title=step.title,
-                words=(
-                    f"{step.label}: {best[0].family} at batch {best[0].batch_size} has"
-                    f" TTFT {units.seconds(found.ttft_s)}, TPOT"
-                    f" {units.seconds(found.tpot_s)} and"
-                    f" {units.digits(found.output_tokens_per_s)} tokens/s"
-                ),
-                found=best[0],
+            said.append(
+                f"{step.label}: {best[0].family} at batch {best[0].batch_size} has TTFT"
+                f" {units.seconds(found.ttft_s)}, TPOT {units.seconds(found.tpot_s)}"
+                f" and {units.digits(found.output_tokens_per_s)} tokens/s"
             )
+            words = "; ".join(said)
+            return Outcome(title=step.title, words=words, found=best[0])
         fates = {v.fate for _, v in search.verdicts().values()}
         compiled = fates & {"predicted", "batch", "open"}
         said.append(
             f"{step.label} {'does not' if compiled else 'cannot, at its limits'}"
         )
     return Outcome(title=kind[0].title, words="; ".join(said)) if said else None
+
+
+def out_of_reach(ask: Ask) -> list[Outcome]:
+    """Returns the changes that nothing can be tried for, and why."""
+    name = ask.targets[0]
+    if _larger(name):
+        return []
+    words = f"{name} has the most devices of its kind that are modelled"
+    return [Outcome(title="more devices", words=words)]
 
 
 def targets(ask: Ask) -> list[str]:

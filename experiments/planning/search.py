@@ -45,7 +45,8 @@ class Search:
       answers: of programs by key; what is learnt is added.
       enough: stop at the first point that meets the objective, and where none is
         likely to: a question of whether, not of which.
-      within: also look into what may come within this share of the best.
+      within: also look into what may come within this share of the best; if negative,
+        pass over what could only be better by less.
     """
 
     def __init__(

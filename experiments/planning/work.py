@@ -93,6 +93,7 @@ def plan(
             for kind in changes.tries(ask):
                 found = changes.tried(kind, objective, propose, run, cache.answers)
                 outcomes += [found] if found else []
+            outcomes += changes.out_of_reach(ask)
     best = sorted(search.best(), key=search.value, reverse=True)
     commands = [command(c) for c in best[:_VERIFIED]]
     found = answers.answer(search, outcomes, commands)
