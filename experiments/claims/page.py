@@ -28,8 +28,8 @@ NOTES = (
     " kernel does not compile without a GPU. Of 9,000 tokens that is a large part of"
     " TTFT, under every partition.",
     "Prefill with 4-bit weights holds a second copy of them, which the compiler takes"
-    " out of the loop over micro-batches: points of 405B need that much more memory than"
-    " the closed forms say.",
+    " out of the loop over micro-batches: points of 405B need that much more memory"
+    " than the closed forms say.",
     "A number of the paper holds where ours is within a tenth of it.",
 )
 
