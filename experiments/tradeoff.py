@@ -10,7 +10,8 @@ output token and throughput. Nothing is run and no accelerator is needed.
         --batch_sizes=1,16,64 --input_len=2048 --output_len=128 --out=runs/demo
 
 A point that is in `--out` already is not computed again, so the same command goes
-on where a sweep was stopped, whatever stopped it.
+on where a sweep was stopped, whatever stopped it. Programs are kept in `--cache`, so
+other rates, as of another --chip, compile nothing that was compiled before.
 """
 
 import functools
@@ -18,19 +19,21 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from absl import app, flags
 from rich.console import Console
 
-from experiments import evaluate
+from experiments import evaluate, traces
 from experiments.evaluate import Ask
 from experiments.report import folder, terminal
 from experiments.report.frontier import Objective, questions
-from experiments.report.record import Record
+from experiments.report.record import Point, Record
 from experiments.report.store import FILE_NAME, Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
+from experiments.shelf import Shelf
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding.target import prepare_environment
 from sharding.tensor import RULES
 
@@ -49,7 +52,13 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", "1,16,64", "B, sequences.")
 _INPUT_LEN = flags.DEFINE_integer("input_len", 2048, "Prompt tokens.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "New tokens.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of weights and cache."
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of activations."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, get_args(WeightFormat), "Stored narrower; default as --dtype."
+)
+_KV = flags.DEFINE_enum(
+    "kv", None, get_args(KVFormat), "Cache stored narrower; default as --dtype."
 )
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
@@ -60,6 +69,12 @@ _JOBS = flags.DEFINE_integer(
     "jobs", None, "Compiles at a time; default one a core.", lower_bound=1
 )
 _OUT = flags.DEFINE_string("out", "runs/tradeoff", "Folder of results and reports.")
+_CACHE = flags.DEFINE_string(
+    "cache", None, "Folder of what was compiled; default: in --out."
+)
+_TRACES = flags.DEFINE_string(
+    "traces", None, "Write timelines of the points into this folder, for Perfetto."
+)
 
 
 def _ask() -> Ask:
@@ -85,6 +100,8 @@ def _ask() -> Ask:
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
+        weights=_WEIGHTS.value,
+        kv=_KV.value,
         layers=_LAYERS.value,
     )
 
@@ -122,9 +139,32 @@ def _run(
                     f"The last line of {out / FILE_NAME} was cut off; its point is"
                     " done again."
                 )
-            records = sweep(points, evaluate.evaluate, store, workers, console)
+            shelf = Shelf(pathlib.Path(_CACHE.value or out / "cache"))
+            answer = functools.partial(evaluate.evaluate, compiler=shelf)
+            records = sweep(points, answer, store, workers, console)
             folder.write(out, objective)
+        if _TRACES.value:
+            traced = pathlib.Path(_TRACES.value)
+            _trace(points, records, traced, shelf, workers, console)
     return records
+
+
+def _trace(
+    points: Sequence[Point],
+    records: Sequence[Record],
+    target: pathlib.Path,
+    shelf: Shelf,
+    workers: Workers,
+    console: Console,
+) -> None:
+    """Writes the timelines of all points that fit into the folder `target`."""
+    fit = [p for p, r in zip(points, records, strict=True) if r.status == "ok"]
+    write = functools.partial(traces.write, folder=target, compiler=shelf)
+    with console.status(f"Writing timelines to {target}"):
+        events = list(workers.run(write, fit))
+    for event in events:
+        if event.kind == "broke":
+            console.print(f"No timeline of {event.item}: {event.reason}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ class Estimate:
     collective_s: Mapping[str, float] = dataclasses.field(hash=False)
     overhead_s: float
     bubble_s: float
-    timeline: Timeline | None = dataclasses.field(default=None, compare=False)
+    timeline: Timeline = dataclasses.field(compare=False, repr=False)
 
     def parts(self) -> dict[str, float]:
         """Returns every part by name, e.g. "hbm" and "tensor links", in seconds."""

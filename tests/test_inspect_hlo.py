@@ -493,11 +493,14 @@ def test_standard_input_to_json_and_page(
     done = _run(
         "-m", "experiments.inspect_hlo", "-", "--mesh=data=2,tensor=4", "--chip=v5e",
         "--json=-", f"--html={tmp_path / 'new' / 'page.html'}",
-        stdin=texts[0],
+        f"--trace={tmp_path / 'trace' / 'step.json'}", stdin=texts[0],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)  # and nothing else
     assert values["flops"] == read_ledger(texts[0], AXES).flops
     assert values["chip"] == "v5e"
     assert "all-gather" in done.stderr
+    shown = json.loads((tmp_path / "trace" / "step.json").read_text())["traceEvents"]
+    lasts_us = max(event["ts"] + event["dur"] for event in shown if event["ph"] == "X")
+    assert lasts_us == pytest.approx(1e6 * values["timeline"]["total_s"], rel=1e-3)
     assert Page((tmp_path / "new" / "page.html").read_text()).figures

@@ -177,9 +177,11 @@ def test_the_whole_road_on_virtual_devices(tmp_path: pathlib.Path) -> None:
     assert {c.axis for c in tp2.decode.collectives} == {"tensor"}
     for name in ("report.html", "report.md", "pareto.csv"):
         assert (tmp_path / name).stat().st_size > 500
-    again = _tradeoff(*ask)
+    again = _tradeoff(*ask, f"--traces={tmp_path / 'traces'}")
     assert "6 of 6 points are in" in again.stdout
     assert store.read_records(tmp_path)[0] == records
+    fitting = sum(record.status == "ok" for record in records)
+    assert len(list((tmp_path / "traces").glob("*.json"))) == 2 * fitting
 
 
 def test_a_refusal_for_memory_is_read_in_bytes() -> None:
