@@ -433,10 +433,16 @@ def price_counted(
         unrolled_ticks=program.ticks == "unrolled"
         if program.partition.stage > 1
         else None,
+        token_attention=_kernel(program.token_attention, "einsum"),
+        residual=_kernel(program.residual, "plain"),
         ticks=counted.ticks,
         busy_ticks=counted.busy_ticks,
     )
     return phase, parts, limit_s
+
+
+def _kernel(name: str, ordinary: str) -> str | None:
+    return None if name == ordinary else name
 
 
 def merged(rows: Sequence[hlo.Collective]) -> tuple[CollectiveRow, ...]:

@@ -183,6 +183,8 @@ class PhaseRecord:
       mbu: bytes the model must move / (time * bandwidth), as a fraction.
       attention: how a prompt's is computed; null in decode.
       unrolled_ticks: whether decode's ticks are; null with one stage.
+      token_attention: kernel of a decoded token's; null for ordinary operations.
+      residual: kernel that adds its products up; null for ordinary operations.
     """
 
     layers: str
@@ -201,6 +203,8 @@ class PhaseRecord:
     mbu: float | None = None
     attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
     unrolled_ticks: bool | None = dataclasses.field(default=None, metadata=_ADDED)
+    token_attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
