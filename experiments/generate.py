@@ -19,7 +19,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from absl import app, flags
 from rich.console import Console
@@ -28,6 +28,7 @@ from experiments import generation, prompting
 from experiments.generation import Batch, Generator
 from experiments.prompting import Ask, Plan
 from experiments.report import units, writing
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding.tensor import RULES
 
 _MODEL = flags.DEFINE_string(
@@ -45,7 +46,13 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "bfloat16", "float16", "float32"],
-    "Of weights and cache; auto is float32 on CPUs and bfloat16 elsewhere.",
+    "Of activations; auto is float32 on CPUs and bfloat16 elsewhere.",
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, get_args(WeightFormat), "Stored narrower; default as --dtype."
+)
+_KV = flags.DEFINE_enum(
+    "kv", None, get_args(KVFormat), "Cache stored narrower; default as --dtype."
 )
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
@@ -80,6 +87,8 @@ def _ask() -> Ask:
         rules=_RULES.value,
         target=_TARGET.value,
         dtype=_DTYPE.value,
+        weights=_WEIGHTS.value,
+        kv=_KV.value,
         layers=_LAYERS.value,
         prompts=(*_PROMPT.value, *_lines(_PROMPTS_FILE.value)),
         max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -163,6 +172,8 @@ def _objects(batch: Batch, generator: Generator) -> Iterator[dict[str, Any]]:
             "rules": generator.partition.rules.name,
             "target": generator.target.name,
             "dtype": generator.dtype,
+            "weights": generator.weights,
+            "kv": generator.kv,
             "layers": generator.layers,
             "ttft_s": timing and timing.ttft_s,
             "tpot_s": timing and timing.tpot_s,
@@ -176,10 +187,13 @@ def _times(batch: Batch, generator: Generator) -> str:
         return "Stopped before the first token."
     tpot = "" if timing.tpot_s is None else f", TPOT {units.seconds(timing.tpot_s)}"
     rate = units.digits(timing.num_tokens / timing.e2e_s)
+    own = {"weights": generator.weights, "cache": generator.kv}
+    words = [f"{what} {form}" for what, form in own.items() if form]
+    stored = ", ".join([generator.dtype, *words])
     return (
         f"TTFT {units.seconds(timing.ttft_s)}{tpot}, {rate} tokens/s"
         f" ({timing.num_tokens} tokens); {generator.partition.name} on"
-        f" {target.num_devices} {target.devices[0].device_kind}, {generator.dtype}"
+        f" {target.num_devices} {target.devices[0].device_kind}, {stored}"
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from experiments.trained import Trained
 from jaxllm.decode import GREEDY, Sampling
 from jaxllm.model import Params
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding import choices, run
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
@@ -87,7 +88,9 @@ class Generator:
       model: trained.
       partition: how it is split.
       target: devices that run.
-      dtype: of parameters, activations and cache.
+      dtype: of activations, and of parameters and cache unless stored narrower.
+      weights: format in which matrices are stored, such as "int8"; None: `dtype`.
+      kv: format of the cache; None: `dtype`.
       layers: unrolled, scanned or auto, which is what is best for text.
       max_new_tokens: at most so many a prompt.
       sampling: how tokens are picked.
@@ -104,6 +107,8 @@ class Generator:
         target: Target,
         *,
         dtype: str = "float32",
+        weights: WeightFormat | None = None,
+        kv: KVFormat | None = None,
         layers: str = "auto",
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
@@ -111,6 +116,8 @@ class Generator:
     ):
         self.model, self.partition, self.target = model, partition, target
         self.dtype, self.sampling = dtype, sampling
+        self.weights: WeightFormat | None = weights
+        self.kv: KVFormat | None = kv
         self.layers = layers
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -137,6 +144,8 @@ class Generator:
                 output_len=self.max_new_tokens,
             ),
             dtype=self.dtype,
+            weights=self.weights,
+            kv=self.kv,
             ragged=True,
             sampling=self.sampling,
         )

@@ -21,7 +21,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jax
 from absl import app, flags
@@ -41,6 +41,7 @@ from experiments.inspection.inputs import (
     read,
 )
 from experiments.report import provenance, units
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding.chips import Chip, find_chip
 from sharding.target import prepare_environment
 from sharding.trace import write_trace
@@ -63,7 +64,13 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences.", lower_bound=1
 _INPUT_LEN = flags.DEFINE_integer("input_len", 2048, "Prompt tokens.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "New tokens.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of weights and cache."
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of activations."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, get_args(WeightFormat), "Stored narrower; default as --dtype."
+)
+_KV = flags.DEFINE_enum(
+    "kv", None, get_args(KVFormat), "Cache stored narrower; default as --dtype."
 )
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
@@ -129,6 +136,8 @@ def _question(paths: Sequence[str]) -> Question:
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
+        weights=_WEIGHTS.value,
+        kv=_KV.value,
         layers=_LAYERS.value,
     )
 

@@ -17,7 +17,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from absl import app, flags
 from rich.console import Console
@@ -31,6 +31,7 @@ from experiments.report.store import FILE_NAME, Store
 from experiments.report.sweep import sweep
 from experiments.report.workers import Workers
 from experiments.timed import How
+from jaxllm.quantized import KVFormat, WeightFormat
 from sharding import choices, guard
 from sharding.tensor import RULES
 
@@ -49,7 +50,13 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", "1,16,64", "B, sequences.")
 _INPUT_LEN = flags.DEFINE_integer("input_len", 1024, "Prompt tokens.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "New tokens.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of weights and cache."
+    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of activations."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, get_args(WeightFormat), "Stored narrower; default as --dtype."
+)
+_KV = flags.DEFINE_enum(
+    "kv", None, get_args(KVFormat), "Cache stored narrower; default as --dtype."
 )
 _LAYERS = flags.DEFINE_enum(
     "layers", "auto", ["auto", "unrolled", "scanned"], "How layers are written."
@@ -94,6 +101,8 @@ def _ask() -> Ask:
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
+        weights=_WEIGHTS.value,
+        kv=_KV.value,
         layers=_LAYERS.value,
         micro_batches=(_MICRO_BATCHES.value,),
     )

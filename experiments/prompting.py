@@ -27,6 +27,8 @@ class Ask:
     rules: str = "megatron"
     target: str = "auto"
     dtype: str = "auto"
+    weights: str | None = None
+    kv: str | None = None
     layers: str = "auto"
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -82,6 +84,7 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
     if target is None or wrong:
         return None, wrong
     on_cpu = target.platform == "cpu"
+    stored: dict[str, Any] = dict(weights=ask.weights, kv=ask.kv)
     generator = tried(
         Generator,
         model,
@@ -90,6 +93,7 @@ def plan(ask: Ask) -> tuple[Plan | None, list[str]]:
         dtype=("float32" if on_cpu else "bfloat16")
         if ask.dtype == "auto"
         else ask.dtype,
+        **stored,
         layers=ask.layers,
         max_new_tokens=ask.max_new_tokens,
         sampling=Sampling(**how),

@@ -117,6 +117,7 @@ def measure(point: Point, how: How) -> Record:
     record = functools.partial(
         Record.of, point, provenance.collect(), origin="measured"
     )
+    stored: dict[str, Any] = dict(weights=point.weights, kv=point.kv)
     try:
         check(config, partition, workload)
         prefill, decode = (
@@ -127,6 +128,7 @@ def measure(point: Point, how: How) -> Record:
                 workload=workload,
                 dtype=point.dtype,
                 micro_batches=point.asked_micro_batches,
+                **stored,
             )
             for phase in _PHASES
         )
@@ -244,7 +246,7 @@ def _params(point: Point, layout: Layout, target: Target) -> Params:
     """Returns random parameters of a point's partition, made once."""
     key = (
         point.model, point.target, point.partition, point.rules, point.dtype,
-        layout.layers,
+        point.weights, layout.layers,
     )  # fmt: skip
     if key not in _held:
         _held.clear()  # first, or both would be in memory at once

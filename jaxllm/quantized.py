@@ -77,7 +77,8 @@ def check_format(what: str, name: str | None, formats: Any) -> None:
         )
 
 
-def _largest(dtype: Any) -> float:
+def largest(dtype: Any) -> float:
+    """Returns the largest value that an array of `dtype` holds."""
     integer = jnp.issubdtype(dtype, jnp.integer)
     return float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
 
@@ -89,12 +90,12 @@ def narrow(x: Float[Array, "..."], axis: int, dtype: Any) -> Quantized:
 
     Zeros, which have no largest, stay zeros.
     """
-    wide, largest = x.astype(jnp.float32), _largest(dtype)
-    scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / largest
+    wide, most = x.astype(jnp.float32), largest(dtype)
+    scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / most
     values = wide / jnp.where(scale == 0, 1.0, scale)
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
-    values = jnp.clip(values, -largest, largest).astype(dtype)
+    values = jnp.clip(values, -most, most).astype(dtype)
     return Quantized(values=values, scale=jnp.squeeze(scale, axis))
 
 

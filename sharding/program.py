@@ -101,6 +101,24 @@ class CompiledProgram:
     executable: Any
 
 
+class _Recompiled:
+    """A compiled program that takes arrays of int4 in jax before 0.11.
+
+    There an array forgets that it is packed, and compiled programs then refuse it; a
+    `jax.jit`, which compiles once more when first called, does not.
+    """
+
+    def __init__(self, compiled: Any, jitted: Any, mesh: Mesh):
+        self._compiled, self._jitted, self._mesh = compiled, jitted, mesh
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._jitted(*arguments)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """One phase of `config` under `partition`.
@@ -350,24 +368,10 @@ class Program:
             compile_s=compile_s,
             ticks=self.num_ticks,
             busy_ticks=self.busy_ticks,
-            executable=self._callable(executable, mesh),
+            executable=executable
+            if self.weights != "int4" or jax.__version_info__ >= (0, 11)
+            else _Recompiled(executable, self._jitted(mesh), mesh),
         )
-
-    def _callable(self, executable: Any, mesh: Mesh) -> Any:
-        """Returns what can be called with arrays on the devices of `mesh`.
-
-        jax before 0.11 forgets that an array of int4 is packed, and its compiled
-        programs then refuse it; a `jax.jit`, which compiles once more, does not.
-        """
-        if self.weights != "int4" or jax.__version_info__ >= (0, 11):
-            return executable
-        jitted = self._jitted(mesh)
-
-        def call(*arguments: Any) -> Any:
-            with jax.set_mesh(mesh):
-                return jitted(*arguments)
-
-        return call
 
     def _memory(self, stats: Any) -> Memory:
         layout = self.layout

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import ModelConfig
 from jaxllm.model import Params, Part, Tree, init_params, param_axes
-from sharding.computed import narrow, widen
+from sharding.computed import narrow
 from sharding.layout import Layout
 from sharding.rules import MESH_AXES
 
@@ -94,10 +94,9 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     block = wanted.blocks if layout.layers == "scanned" else wanted.blocks[0]
 
     def widened(homes: Tree) -> Callable[[Tree], Tree]:
-        if layout.model == layout.config:
+        if layout.model == layout.config and layout.weights is None:
             return lambda tree: jax.tree.map(_moved, tree, homes)
-        change = functools.partial(widen, config=layout.config, model=layout.model)
-        return jax.jit(change, out_shardings=homes)
+        return jax.jit(layout.store, out_shardings=homes)
 
     @functools.cache
     def putting(sharding: Any) -> Any:
@@ -107,11 +106,12 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     def put(stack: jax.Array, leaf: jax.Array, **home: jax.Array) -> jax.Array:
         return jax.block_until_ready(putting(stack.sharding)(stack, leaf, **home))
 
-    if layout.partition.stage > 1:
+    if layout.partition.stage > 1 and layout.weights is None:
         even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
     else:  # as in the stack, else compilers update it in parts, and gather all of it
+        lead = 2 if layout.partition.stage > 1 and layout.layers == "scanned" else 1
         even = jax.tree.map(
-            lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[1:])), block
+            lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[lead:])), block
         )
     to_ends, to_block, to_wide = map(widened, (wanted.ends, block, even))
     # Made when the first layer comes, for the ends are the largest arrays to move.
@@ -164,7 +164,16 @@ def disassemble(
 
     The inverse of `assemble`: each part lies as `shapes` says, and is made when it is
     asked for.
+
+    Raises:
+      ValueError: the layout stores matrices in a narrower format.
     """
+    if layout.weights is not None:
+        raise ValueError(
+            f"parameters stored in {layout.weights} cannot be taken back to the"
+            f" published model in {layout.dtype}: what was rounded is lost. A model is"
+            " saved from full precision. Use a layout with weights=None."
+        )
     homes, stacked, wanted = _homes(layout), _stacked(layout), shapes(layout, mesh)
     ends, block = (
         jax.tree.map(lambda x: x.sharding, wanted[part]) for part in ("ends", 0)
@@ -255,6 +264,8 @@ def _put(
         slots = jnp.arange(stack.shape[1], dtype=jnp.int32)
         here &= (slots == slot).reshape(1, -1, *(1,) * leaf.ndim)
     leaf = jnp.expand_dims(leaf, tuple(range(stack.ndim - leaf.ndim)))
+    if jnp.issubdtype(stack.dtype, jnp.integer):
+        return jnp.where(here, leaf, stack)
     # In bits, for CPUs move bfloat16 as float32.
     new = jnp.where(here, _bits(leaf), _bits(stack))
     return lax.bitcast_convert_type(new, stack.dtype)

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.model import Params
+from jaxllm.quantized import Quantized, largest
 from sharding import run
 from sharding.layout import Layout, Named
 from sharding.program import CompiledProgram
@@ -242,7 +243,8 @@ def random_params(layout: Layout, mesh: Mesh, seed: int = 0) -> Params:
     Nothing is allocated beside them, which `Layout.random_params` cannot promise: a
     model that just fits can be made. Scales are 1, all else is normal with the
     variance of 1 / inputs; layers that only fill a stage up are random too, for a
-    product with zeros takes less power, and less time.
+    product with zeros takes less power, and less time. Stored in a narrower format,
+    values are normal in a third of its range, and their scales all equal.
     """
     named = layout.named_params()
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(named))))
@@ -251,7 +253,21 @@ def random_params(layout: Layout, mesh: Mesh, seed: int = 0) -> Params:
         scale = path[-1] == jax.tree_util.DictKey("scale")
         return _maker(leaf.shape, leaf.dtype, leaf.sharding, scale)(next(keys))
 
-    return jax.tree.map_with_path(make, layout.abstract(named, mesh))
+    def one(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Quantized):
+            return make(path, leaf)
+        values, scale = leaf.values, leaf.scale
+        # Of inputs: a weight in groups [..., J, D, g] has one dimension more.
+        inputs = values.shape[-2]
+        even = 3 / largest(values.dtype) * inputs**-0.5
+        filled = jnp.full(scale.shape, even, scale.dtype, device=scale.sharding)
+        return Quantized(values=make(path, values), scale=filled)
+
+    return jax.tree.map_with_path(
+        one,
+        layout.abstract(named, mesh),
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )
 
 
 @functools.lru_cache(maxsize=32)
@@ -263,8 +279,12 @@ def _maker(
     def make(key: jax.Array) -> jax.Array:
         if scale:
             return jnp.ones(shape, dtype)
-        deviation = jnp.asarray(shape[-2] ** -0.5, dtype)
-        return jax.random.normal(key, shape, dtype) * deviation
+        if jnp.dtype(dtype).itemsize > 1:
+            deviation = jnp.asarray(shape[-2] ** -0.5, dtype)
+            return jax.random.normal(key, shape, dtype) * deviation
+        most = largest(dtype)
+        drawn = jax.random.normal(key, shape, jnp.bfloat16) * (most / 3)
+        return jnp.clip(drawn, -most, most).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)
 

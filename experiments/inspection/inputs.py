@@ -55,6 +55,8 @@ class ProgramQuestion:
     output_len: int
     dtype: str
     layers: str
+    weights: str | None = None
+    kv: str | None = None
 
     def changed(self, text: str) -> "ProgramQuestion":
         """Returns this question with other answers, "partition=tp8,layers=scanned".
@@ -178,6 +180,8 @@ def read(question: Question) -> Subject:
         f"{q.batch_size} sequences, {q.input_len:,} tokens in, {q.output_len:,} out",
         f"rules {q.rules}",
         q.dtype,
+        *([f"weights {q.weights}"] if q.weights else []),
+        *([f"cache {q.kv}"] if q.kv else []),
         f"layers {program.layers}",
         *([f"ticks {program.ticks}"] if program.partition.stage > 1 else []),
         *([f"attention {program.attention}"] if q.phase == "prefill" else []),
@@ -211,6 +215,7 @@ def _program(question: ProgramQuestion) -> tuple[Program, Target]:
         batch_size=q.batch_size, input_len=q.input_len, output_len=q.output_len
     )
     target = parse_target(q.target)
+    stored: dict[str, Any] = dict(weights=q.weights, kv=q.kv)
     check_partition(
         config,
         partition,
@@ -224,6 +229,7 @@ def _program(question: ProgramQuestion) -> tuple[Program, Target]:
         partition=partition,
         workload=workload,
         dtype=q.dtype,
+        **stored,
     )
     return choices.choose(program, target, layers=q.layers), target
 
