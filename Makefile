@@ -18,7 +18,7 @@ AOT := tpu-aot,gpu-aot
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format notebook weights generate clean
+.PHONY: help demo test lint format notebook weights generate validate clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -48,6 +48,9 @@ weights: $(VENV)/.weights $(VENV)/.smollm2  ## readers of real weights, and Smol
 
 generate: weights  ## SmolLM2-135M goes on from PROMPT, split as PARTITION
 	$(BIN)/python -m experiments.generate --partition=$(PARTITION) --prompt="$$PROMPT"
+
+validate: $(VENV)/.dev  ## predicted beside measured, and whether that has moved
+	$(BIN)/python -m experiments.validate --check
 
 clean:  ## remove environments and caches; runs/ stays
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache build dist
