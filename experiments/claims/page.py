@@ -32,8 +32,8 @@ NOTES = (
     " than the closed forms say.",
     "Decode with 4-bit weights scales the activations anew for every 128 outputs: with"
     " 32 sequences a group that is two thirds of the bytes that pp8 of 405B moves, and"
-    " little under tp8, where a device has an eighth of the outputs. TPOT of pipelines of"
-    " 405B is too long by that, and so is what C12 to C14 say of them.",
+    " little under tp8, where a device has an eighth of the outputs. TPOT of pipelines"
+    " of 405B is too long by that, and so is what C12 to C14 say of them.",
     "A number of the paper holds where ours is within a tenth of it.",
 )
 
