@@ -153,6 +153,30 @@ def test_kept_wider_than_it_came() -> None:
     assert advice.num_bytes == 4 << 20
 
 
+def test_a_weight_that_is_dequantised_in_memory() -> None:
+    """Values times scales, written out; the same inside of a product is no finding."""
+    wide = "bf16[8,1024,1024]{2,1,0}"
+    called = f"""\
+%dequantise (v: s4[8,1024,1024], s: bf16[8,1024]) -> bf16[8,1024,1024] {{
+  %v = s4[8,1024,1024]{{2,1,0}} parameter(0)
+  %s = bf16[8,1024]{{1,0}} parameter(1)
+  %c = {wide} convert(%v)
+  %b = {wide} broadcast(%s), dimensions={{0,1}}
+  ROOT %m = {wide} multiply(%b, %c)
+}}
+"""
+    parameters = (
+        "  %v = s4[8,1024,1024]{2,1,0} parameter(0),"
+        ' metadata={op_name="w"}\n'
+        '  %s = bf16[8,1024]{1,0} parameter(1), metadata={op_name="s"}\n'
+    )
+    body = f"  ROOT %f = {wide} fusion(%v, %s), kind=kLoop, calls=%dequantise\n"
+    advice = only(by_hand(body, parameters, called=called), "widened-copy")
+    assert advice.what == "w is kept as bf16 beside its s4"
+    assert advice.num_bytes == 16 << 20
+    assert "scales" in advice.change
+
+
 def test_a_constant_of_size() -> None:
     array = np.random.default_rng(0).normal(size=(512, 640)).astype(np.float32)
     found = analyze(jax.jit(lambda x: x @ array).lower(jnp.zeros((2, 512))).compile())

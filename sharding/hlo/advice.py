@@ -52,8 +52,9 @@ _CHANGES = {
     "not-aliased": "An output takes its place only with the same shape, dtype and"
     " sharding. Return it so, set out_shardings, or do not donate it.",
     "widened-copy": "Multiply in the narrow type and accumulate wide"
-    " (preferred_element_type), or convert after slicing. Some CPUs have no narrow"
-    " products; then this is the compiler's.",
+    " (preferred_element_type), convert after slicing, or apply scales to what comes"
+    " out of the product. Some CPUs have no narrow products; then this is the"
+    " compiler's.",
     "constant-captured": "Pass the array as an argument instead of closing over it.",
     "could-be-scattered": "Constrain the result to be sharded where it is made"
     " (with_sharding_constraint), or use lax.psum_scatter.",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sharding.hlo import custom_calls
 from sharding.hlo.aliases import UPDATES, branches, leaf_at
 from sharding.hlo.reader import Computation, Instruction, Module
+from sharding.hlo.shapes import ELEMENT_BITS
 
 MOVES = frozenset([
     "bitcast", "convert", "copy", "dynamic-slice", "optimization-barrier",
@@ -63,11 +64,14 @@ class Origins:
         yield from self._walk(self._module.entry, given, 1)
 
     def moved(self, called: Computation) -> tuple[int | None, ...]:
-        """Returns for each result of a fusion the parameter it is a piece of."""
+        """Returns for each result of a fusion the parameter it is a piece of.
+
+        Perhaps times a scale, where the parameter is stored in 8 bits or fewer.
+        """
         if called.name not in self._fusions:
             root = called.root
             results = called.operands(root) if root.opcode == "tuple" else (root,)
-            sources = [trace(called, result) for result in results]
+            sources = [_unscaled(called, trace(called, r)) for r in results]
             self._fusions[called.name] = tuple(
                 int(s.literal) if s.opcode == "parameter" else None for s in sources
             )
@@ -228,4 +232,15 @@ def trace(computation: Computation, instruction: Instruction) -> Instruction:
     """Returns what `instruction` is a piece of: the first value that is no move."""
     while instruction.opcode in MOVES:
         instruction = computation.operands(instruction)[0]
+    return instruction
+
+
+def _unscaled(computation: Computation, instruction: Instruction) -> Instruction:
+    """Returns the narrow parameter that `instruction` multiplies, or else itself."""
+    if instruction.opcode == "multiply":
+        for operand in computation.operands(instruction):
+            source = trace(computation, operand)
+            bits = ELEMENT_BITS.get(source.shape.dtype, 0)
+            if source.opcode == "parameter" and 1 < bits <= 8:
+                return source
     return instruction
