@@ -214,7 +214,7 @@ def param_axes(config: ModelConfig, weights: WeightFormat | None = None) -> Para
         rows, columns = names
         if weights != "int4":
             return Quantized(values=names, scale=(columns,))
-        return Quantized(values=(columns, rows, None), scale=(columns, rows))
+        return Quantized(values=(columns, None, rows), scale=(columns, rows))
 
     block = jax.tree.map(one, block, is_leaf=lambda x: isinstance(x, tuple))
     return Params(ends=ends, blocks=block)

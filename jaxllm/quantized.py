@@ -29,7 +29,7 @@ WeightFormat = Literal["int8", "fp8", "int4"]
 KVFormat = Literal["int8", "fp8"]
 
 GROUP = 128  # outputs that share a scale with a row of inputs, at most
-MANY_TOKENS = 1024  # from which on a weight in groups is written out wide
+MANY_TOKENS = 256  # from which on a weight in groups is written out wide
 
 _DTYPES: Mapping[str, Any] = {
     "int8": jnp.int8,
@@ -44,7 +44,7 @@ class Quantized:
     """Narrow values and their scales; a pytree that stands for one array.
 
     Attributes:
-      values: of a weight [D, N] or, in groups of g outputs, [N / g, D, g]; of a cache
+      values: of a weight [D, N] or, in groups of g outputs, [N / g, g, D]; of a cache
         [..., S, H].
       scale: what values are multiplied by: [N], [N / g, D] or [..., S].
     """
@@ -118,8 +118,8 @@ def quantize(
     """
     if form != "int4":
         return narrow(weight, 0, _DTYPES[form])
-    rows = weight.reshape(weight.shape[0], -1, group).swapaxes(0, 1)
-    found = narrow(rows, 2, _DTYPES[form])
+    columns = weight.T.reshape(-1, group, weight.shape[0])
+    found = narrow(columns, 1, _DTYPES[form])
     return dataclasses.replace(found, scale=found.scale.astype(weight.dtype))
 
 
@@ -128,7 +128,7 @@ def dequantize(stored: Quantized) -> Float[Array, "D N"]:
     values, scale = stored.values.astype(jnp.float32), stored.scale.astype(jnp.float32)
     if values.ndim == 2:
         return values * scale[None]
-    return (values * scale[:, :, None]).swapaxes(0, 1).reshape(values.shape[1], -1)
+    return (values * scale[:, None]).reshape(-1, values.shape[2]).T
 
 
 def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
@@ -148,10 +148,10 @@ def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
     scale = scale.astype(x.dtype)
     if x.shape[0] * x.shape[1] < MANY_TOKENS:
         rows = x[None] * scale[:, None, None]
-        out = jnp.einsum("JBTD,JDg->BTJg", rows, values).reshape(*x.shape[:2], -1)
+        out = jnp.einsum("JBTD,JgD->BTJg", rows, values).reshape(*x.shape[:2], -1)
     else:
-        matrix = (values * scale[:, :, None]).swapaxes(0, 1).reshape(x.shape[2], -1)
-        out = jnp.einsum("BTD,DN->BTN", x, matrix)
+        matrix = (values * scale[:, None]).reshape(-1, x.shape[2])
+        out = jnp.einsum("BTD,ND->BTN", x, matrix)
     return jax.lax.optimization_barrier(out)
 
 

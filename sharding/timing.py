@@ -257,8 +257,8 @@ def random_params(layout: Layout, mesh: Mesh, seed: int = 0) -> Params:
         if not isinstance(leaf, Quantized):
             return make(path, leaf)
         values, scale = leaf.values, leaf.scale
-        # Of inputs: a weight in groups [..., J, D, g] has one dimension more.
-        inputs = values.shape[-2]
+        # Values are [..., D, N], or in groups [..., N / g, g, D].
+        inputs = values.shape[-1 if layout.weights == "int4" else -2]
         even = 3 / largest(values.dtype) * inputs**-0.5
         filled = jnp.full(scale.shape, even, scale.dtype, device=scale.sharding)
         return Quantized(values=make(path, values), scale=filled)
