@@ -99,6 +99,15 @@ def test_questions_are_told_apart_and_sorted() -> None:
     assert question.label(both[1]) == "tp8 sequence"
 
 
+def test_stored_formats_are_questions_of_their_own() -> None:
+    record = H100.records[0]
+    narrow = dataclasses.replace(record, weights="int8", kv="fp8")
+    found = questions([record, narrow])
+    assert [q.stored for q in found] == [
+        "bfloat16", "bfloat16, weights int8, KV cache fp8",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("question", [H100, V5P], ids=lambda q: q.target)
 def test_answer_names_the_winners(question: Question) -> None:
     for batch in question.batch_sizes:

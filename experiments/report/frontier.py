@@ -70,10 +70,20 @@ class Question:
     target: str
     chip: str
     dtype: str
+    weights: str | None
+    kv: str | None
     input_len: int
     output_len: int
     layers: str
     records: tuple[Record, ...]
+
+    @property
+    def stored(self) -> str:
+        """Formats in words, e.g. "bfloat16, weights int8"."""
+        own = {"weights": self.weights, "KV cache": self.kv}
+        return ", ".join(
+            [self.dtype, *(f"{what} {form}" for what, form in own.items() if form)]
+        )
 
     @property
     def num_chips(self) -> int:

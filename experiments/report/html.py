@@ -85,7 +85,7 @@ def _section(
         title=words.title(q),
         facts=[
             words.size(q),
-            q.dtype,
+            q.stored,
             f"{q.input_len:,} tokens in, {q.output_len:,} out",
             f"layers {q.layers}",
             *filter(None, [words.rates(q)]),

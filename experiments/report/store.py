@@ -101,6 +101,6 @@ def current(records: Iterable[Record]) -> tuple[list[Record], int]:
 
 def _question(record: Record) -> tuple[object, ...]:
     return (
-        record.model, record.target, record.chip, record.dtype, record.input_len,
-        record.output_len, record.layers,
+        record.model, record.target, record.chip, record.dtype, record.weights,
+        record.kv, record.input_len, record.output_len, record.layers,
     )  # fmt: skip

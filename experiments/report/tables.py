@@ -15,8 +15,9 @@ from experiments.report.record import PhaseRecord, Record
 Table = tuple[Sequence[str], list[list[str]]]
 
 _CSV_FIELDS = (
-    "model", "target", "chip", "num_chips", "partition", "rules", "dtype", "layers",
-    "batch_size", "input_len", "output_len", "micro_batches", "status", "ttft_s",
+    "model", "target", "chip", "num_chips", "partition", "rules", "dtype", "weights",
+    "kv", "layers", "batch_size", "input_len", "output_len", "micro_batches", "status",
+    "ttft_s",
     "tpot_s", "e2e_s", "output_tokens_per_s", "tokens_per_s_per_user",
     "tokens_per_s_per_chip", "ttft_limit_s", "tpot_limit_s", "bottleneck",
     "needed_bytes", "available_bytes", "reason", "origin", "predicted_ttft_s",

@@ -42,7 +42,7 @@ def show(console: Console, question: Question, objective: Objective) -> None:
     q = question
     rates = f" at {words.rates(q)}" if words.rates(q) else ""
     console.print(
-        f"{q.dtype}, {q.input_len:,} tokens in, {q.output_len:,} out{rates};"
+        f"{q.stored}, {q.input_len:,} tokens in, {q.output_len:,} out{rates};"
         f" {words.outcome(q)}.",
         style="dim",
     )
