@@ -210,6 +210,10 @@ def test_equals_one_device(
 def test_copied_heads_and_filled_up_widths_keep_their_scales() -> None:
     """Rounding before copying and filling up gives what rounding after it gives."""
     workload = Workload(batch_size=1, input_len=8, output_len=2)
+    cases: list[tuple[WeightFormat | None, dict[str, np.ndarray]]] = [
+        (None, dequantized(ODD, "int8")),
+        ("int8", weights_of(ODD)),
+    ]
     wide, stored = (
         Layout(
             config=ODD,
@@ -218,10 +222,7 @@ def test_copied_heads_and_filled_up_widths_keep_their_scales() -> None:
             dtype="float32",
             weights=weights,
         ).store(to_params(plain, ODD).blocks[0])
-        for weights, plain in (
-            (None, dequantized(ODD, "int8")),
-            ("int8", weights_of(ODD)),
-        )
+        for weights, plain in cases
     )
     assert stored["mlp"]["w_down"].shape[0] > ODD.mlp_dim
     for part, name in (("attention", "w_qkv"), ("mlp", "w_gate_up"), ("mlp", "w_down")):
