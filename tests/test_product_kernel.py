@@ -13,6 +13,9 @@ from sharding.partition import Partition, Workload
 from sharding.program import Program
 from sharding.target import parse_target
 
+# Said by jax 0.12 when it compiles one for a GPU; see docs/performance.md.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is depr")
+
 
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "parts"),

@@ -15,6 +15,9 @@ from sharding.partition import Partition, Workload
 from sharding.program import Program
 from sharding.target import parse_target
 
+# Said by jax 0.12 when it compiles one for a GPU; see docs/performance.md.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is depr")
+
 
 def _arrays(shape: tuple[int, ...], length: int, dtype: str):
     rng = np.random.default_rng(0)
