@@ -125,8 +125,9 @@ def test_the_demo_uses_flags_that_exist() -> None:
 
 @pytest.mark.parametrize("page", ["docs/partitions.md", "docs/ledger.md"])
 def test_example_runs(page: str) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", _page(page), re.DOTALL)
-    exec(code, {"__name__": page})
+    blocks = re.findall(r"```python\n(.*?)```", _page(page), re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {"__name__": page})
 
 
 @_each_page()
