@@ -360,6 +360,21 @@ def test_sizes_of_products_are_read_from_fusions() -> None:
     assert _products(text) == [(1, 6, 48, 64, 64 * 48)]
 
 
+def test_cycles_of_the_compiler_are_apart() -> None:
+    """XLA:TPU writes what it expects of each fusion; nothing is made of that here."""
+    text = _PROGRAM.format(
+        lhs="bf16[6,64]", rhs="bf16[64,48]", wide="bf16[64,48]", out="bf16[6,48]",
+        result="bf16[6,48]", more="", user="  ROOT %r = bf16[6,48] negate(%f)",
+        dims="lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    )  # fmt: skip
+    said = text.replace(
+        "calls=%product", 'calls=%product, backend_config={"estimated_cycles":"2239"}'
+    )
+    without, found = (lay_out(read_ledger(t), CHIPS["v5e"]) for t in (text, said))
+    assert (without.cycles, found.cycles) == (None, 2239)
+    assert found.parts == without.parts
+
+
 def test_a_long_sum_cut_into_a_batch_is_one_product() -> None:
     """[6, 64] @ [64, 48] as eight of [6, 8] @ [8, 48] that are summed up."""
     text = _PROGRAM.format(

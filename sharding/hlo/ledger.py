@@ -11,13 +11,12 @@ Anything the reader does not understand is a ValueError that ends with the
 instruction's text.
 """
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from sharding.hlo import custom_calls
 from sharding.hlo.aliases import branches
-from sharding.hlo.collectives import CollectiveFinder, Found
+from sharding.hlo.collectives import CollectiveFinder
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.groups import AxisNamer
 from sharding.hlo.loops import Loop as Loop
@@ -32,13 +31,9 @@ from sharding.hlo.records import Ledger as Ledger
 from sharding.hlo.records import Step as Step
 from sharding.hlo.source import read_sources
 from sharding.hlo.steps import StepMaker, sent
+from sharding.hlo.tally import Tally, merge
 from sharding.hlo.traffic import TrafficCounter
 
-# To choose the costliest branch of a conditional: FLOPs that take as long as a
-# byte, near H100's 989e12 / 3.35e12 and v5p's 459e12 / 2.77e12; and bytes of HBM that
-# take as long as one on a link, near H100's 3.35e12 / 450e9 and v5p's 2.77e12 / 300e9.
-_FLOPS_PER_BYTE = 256
-_HBM_BYTES_PER_WIRE_BYTE = 8
 # Instructions reached by calls before a text is given up, beside ten times its own.
 MOST_VISITS = 100_000
 _CALLERS = ("async", "call", "custom-call", "fusion")  # opcodes with calls=
@@ -85,38 +80,6 @@ def read_ledger(
     return walker.ledger()
 
 
-class _Tally:
-    """What has been counted so far."""
-
-    def __init__(self) -> None:
-        self.costs: list[Cost] = []
-        self.found: list[tuple[Found, int, str, str, str, bool]] = []
-        self.loops: list[Loop] = []
-        self.warnings: list[str] = []
-        self.steps: list[Step | Wait | Block] = []
-
-    def add(self, other: "_Tally") -> None:
-        self.steps += other.steps
-        self.costs += other.costs
-        self.found += other.found
-        self.loops += other.loops
-        self.warnings += other.warnings
-
-    @property
-    def weight(self) -> float:
-        """Bytes moved, FLOPs put on the same scale; compares branches."""
-        work = sum(
-            c.count * (c.hbm_bytes + c.flops / _FLOPS_PER_BYTE) for c in self.costs
-        )
-        sent = sum(count * f.wire_bytes for f, count, *_ in self.found)
-        return work + _HBM_BYTES_PER_WIRE_BYTE * sent
-
-    @property
-    def sends(self) -> set[tuple[str, str]]:
-        """Axis and kind of what is sent."""
-        return {(found.axis, found.kind) for found, *_ in self.found}
-
-
 class _Walker:
     """Runs through a program as a device would, once for each loop body."""
 
@@ -140,7 +103,7 @@ class _Walker:
         self._sources = read_sources(module)
         self._maker = StepMaker(module, self._flops)
         self._started = ""  # what the walk is inside of, if nothing waits for it yet
-        self._tally = _Tally()
+        self._tally = Tally()
         self._visited = 0
         size = sum(len(c.instructions) for c in module.computations.values())
         self._most_visits = MOST_VISITS + 10 * size
@@ -154,7 +117,7 @@ class _Walker:
             )
         return Ledger(
             costs=tuple(self._tally.costs),
-            collectives=_merge(self._tally.found),
+            collectives=merge(self._tally.found),
             loops=tuple(self._tally.loops),
             warnings=tuple(dict.fromkeys(self._tally.warnings)),
             steps=tuple(self._tally.steps),
@@ -360,7 +323,7 @@ class _Walker:
             return
         outer, tallies = self._tally, []
         for index, branch in enumerate(called):
-            self._tally = _Tally()
+            self._tally = Tally()
             operand = instruction.operands[1 + index : 2 + index]
             self._enter(branch, operand, computation, scope, loop)
             tallies.append(self._tally)
@@ -399,35 +362,3 @@ def _check_done(instruction: Instruction, computation: Computation) -> None:
             f"it ends a {stem} that %{operand.name} = {operand.opcode} does not start:"
             f" {instruction}"
         )
-
-
-def _merge(
-    found: Iterable[tuple[Found, int, str, str, str, bool]],
-) -> tuple[Collective, ...]:
-    """Returns one row for collectives that differ in nothing but their name."""
-    rows: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
-    for each, count, *where in found:
-        key = (each.axis, each.kind, each.group_size, each.payload_bytes)
-        row = rows[(*key, *where)]
-        row[0] += count
-        row[1] += count * each.payload_bytes
-        row[2] += count * each.wire_bytes
-    return tuple(
-        Collective(
-            axis=axis,
-            kind=kind,
-            count=count,
-            payload_bytes=payload,
-            wire_bytes=wire,
-            group_size=size,
-            op_name=op_name,
-            source=source,
-            loop=loop,
-            per_iteration=per_iteration,
-        )
-        for (axis, kind, size, _, op_name, source, loop, per_iteration), (
-            count,
-            payload,
-            wire,
-        ) in rows.items()
-    )
