@@ -9,9 +9,10 @@ import pytest
 
 from sharding import clock
 from sharding.chips import CHIPS
+from sharding.chips.calibration import Calibration, Header, Sample
 from sharding.estimate import collective_time_s, estimate
 from sharding.hlo.ledger import Collective, Cost, Ledger, Step, read_ledger
-from sharding.hlo.records import Block, Steps, Wait
+from sharding.hlo.records import Block, Product, Steps, Wait
 from sharding.timeline import Timeline, lay_out
 from sharding.trace import trace
 
@@ -403,6 +404,54 @@ def test_what_came_in_is_the_weights() -> None:
         "  %n = bf16[64,48] negate(%x), metadata={}", "  %m = bf16[64,6] negate(%w0)"
     )
     assert _products(swapped) == [(1, 6, 48, 64, 2 * 64 * 48)]
+
+
+def _sample(name: str, work_s: float, *, links: int = 10, **at) -> Sample:
+    """A call takes 1 ms, each kernel 2 us and its work."""
+    seconds = 1e-3 + links * (2e-6 + work_s)
+    return Sample(
+        name=name, at=at, links=links, slots=1, calls=1, call_samples_s=(seconds,),
+        steady=True, time="2026-11-24T10:00:00Z",
+    )  # fmt: skip
+
+
+def test_what_was_measured_is_what_a_step_costs() -> None:
+    """Products of a shape as long as that shape took, and gaps where they belong."""
+    m, n, k = 64, 28672, 4096
+    roofline_s = 2 * (m * k + k * n + m * n) / 3.35e12  # memory: 64 rows are few
+    each = {"kind": "all-reduce", "group": 2, "bytes": 4096, "by": "xla"}
+    samples = (
+        *(_sample("kernel", 0.0, links=links, devices=1) for links in (10, 100)),
+        _sample("matmul", 1.25 * roofline_s, m=m, n=n, k=k, dtype="bf16",
+                weights="bf16"),
+        *(_sample("copy", size / 2e12, bytes=size) for size in (1e6, 1e9)),
+        _sample("collective", 5e-6, wire=4096, devices=1, **each),
+        _sample("apart", 9e-6 + 5e-6, wire=4096, devices=1, **each),
+    )  # fmt: skip
+    header = Header(
+        chip="h100", devices=("NVIDIA H100 80GB HBM3",), driver=None,
+        versions={"jax": "0.11.2"}, flags={}, command="", commit="", time="2026-11-24",
+    )  # fmt: skip
+    calibration = Calibration(header=header, samples=samples, digest="0")
+    chip = dataclasses.replace(CHIPS["h100"].published(), calibrated=calibration)
+    product = dataclasses.replace(
+        _kernel(0),
+        cost=_cost(2 * m * n * k, 2 * (m * k + k * n + m * n)),
+        products=(
+            Product(batch=1, m=m, n=n, k=k, dtype="bf16", weight_bytes=2 * n * k),
+        ),
+    )
+    small = dataclasses.replace(_kernel(0), cost=_cost(0, 4e6))
+    reduce = _send("a", 4096, beside=False)
+    row = dataclasses.replace(reduce.sends[0], kind="all-reduce")
+    reduce = dataclasses.replace(reduce, sends=(row,))
+    found = _laid(_loop(3, product, small, reduce), chip=chip)
+    assert found.parts["hbm"] == pytest.approx(3 * (1.25 * roofline_s + 4e6 / 2e12))
+    assert found.parts["tensor links"] == pytest.approx(3 * 5e-6)
+    assert found.parts["overhead"] == pytest.approx(3 * (2 * 2e-6 + 9e-6))
+    ledger = Ledger(costs=(), collectives=(), steps=(product,))
+    call = estimate(ledger, chip)
+    assert call.overhead_s == pytest.approx(1e-3 + 2e-6)
 
 
 def test_kernels_of_a_decode_step_are_those_of_its_profile() -> None:
