@@ -192,8 +192,8 @@ def test_instruction(shapes: list[str], line: str, expected: int) -> None:
          " fusion-start(%a, %b), kind=kLoop, calls=%inner", SLICE + 4 + SLICE),
     ],
     ids=[
-        "slice", "lazy", "twice", "update", "tuple", "bitcast", "tiles", "fresh", "copy",
-        "nested", "async",
+        "slice", "lazy", "twice", "update", "tuple", "bitcast", "tiles", "fresh",
+        "copy", "nested", "async",
     ],
 )  # fmt: skip
 def test_fusion(shapes: list[str], line: str, expected: int) -> None:
