@@ -4,7 +4,6 @@ Random weights, equal for all; the first variant is what the others are compared
 """
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -13,10 +12,9 @@ import numpy as np
 from jaxllm.config import ModelConfig
 from jaxllm.model import Params, init_params
 from sharding import choices
-from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
-from sharding.run import generate
+from sharding.run import answers
 from sharding.target import Target
 
 # The plainest way: ordinary operations alone.
@@ -96,24 +94,21 @@ def answer(
     )
     decode = dataclasses.replace(prefill, phase="decode")
     prefill, decode = choices.choose_both(prefill, decode, target, changes=changes)
-    layout = decode.layout
-    mesh = make_mesh(target.mesh_devices(partition.shape))
     rng = np.random.default_rng(0)
     shape = (workload.batch_size, workload.input_len)
-    steps = generate(
-        prefill.compile(target),
-        decode.compile(target),
-        layout,
-        layout.place_params(params, mesh),
-        layout.zeros(layout.named_state(), mesh),
+    tokens, logits = answers(
+        prefill,
+        decode,
+        target,
+        lambda layout, mesh: layout.place_params(params, mesh),
         rng.integers(0, config.vocab_size, shape, np.int32),
+        count=workload.output_len - 1,
     )
-    found = list(itertools.islice(steps, workload.output_len - 1))
     return Answer(
         partition=partition.name,
         changes=changes,
-        tokens=np.stack([tokens for tokens, _ in found]),
-        logits=np.stack([np.asarray(logits, np.float32) for _, logits in found]),
+        tokens=tokens,
+        logits=logits.astype(np.float32),
     )
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from experiments import trained
+from experiments import command, trained
 from experiments.report import units
 from jaxllm import weights
 from jaxllm.model import Part, Tree
@@ -218,11 +218,6 @@ def _run(conversion: Conversion, console: Console) -> checkpoint_lib.Saved:
         return convert(conversion, told)
 
 
-def _refuse(wrong: Sequence[str]) -> NoReturn:
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, converts, and prints."""
     if len(argv) > 1:
@@ -241,7 +236,7 @@ def main(argv: Sequence[str]) -> None:
             overwrite=_OVERWRITE.value,
         )
         if conversion is None:
-            _refuse(wrong)
+            command.refuse(wrong)
         saved = _run(conversion, console)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"Stopped, and nothing is at {_OUT.value} that was not: {error}")

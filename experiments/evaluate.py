@@ -248,10 +248,12 @@ def evaluate(point: Point, compiler: Compiler = COMPILER) -> Record:
     return join(point, answers)
 
 
-def programs(
-    point: Point, target: Target, compiler: Compiler = COMPILER
-) -> dict[Phase, Program]:
-    """Returns both phases of `point`, as best written for `target`.
+def asked(point: Point, **devices: Any) -> dict[Phase, Program]:
+    """Returns both phases of `point`, not yet written for a target.
+
+    Args:
+      point: the question.
+      **devices: what `sharding.partition.check` wants to know of them.
 
     Raises:
       ValueError: the combination cannot work.
@@ -263,15 +265,9 @@ def programs(
         output_len=point.output_len,
     )
     partition = Partition.parse(point.partition, point.rules)
-    check(
-        config,
-        partition,
-        workload,
-        num_devices=target.num_devices,
-        target=target.name,
-    )
+    check(config, partition, workload, **devices)
     stored: dict[str, Any] = dict(weights=point.weights, kv=point.kv)
-    written: dict[Phase, Program] = {
+    return {
         phase: Program(
             phase=phase,
             config=config,
@@ -283,9 +279,20 @@ def programs(
         )
         for phase in PHASES
     }
+
+
+def programs(
+    point: Point, target: Target, compiler: Compiler = COMPILER
+) -> dict[Phase, Program]:
+    """Returns both phases of `point`, as best written for `target`.
+
+    Raises:
+      ValueError: the combination cannot work.
+    """
+    both = asked(point, num_devices=target.num_devices, target=target.name)
     return {
         phase: compiler.choose(program, target, point.layers)
-        for phase, program in written.items()
+        for phase, program in both.items()
     }
 
 

@@ -19,12 +19,12 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from absl import app, flags
 from rich.console import Console
 
-from experiments import generation, prompting
+from experiments import command, generation, prompting
 from experiments.generation import Batch, Generator
 from experiments.prompting import Ask, Plan
 from experiments.report import units, writing
@@ -118,11 +118,6 @@ def _lines(name: str | None) -> Iterator[str]:
     yield from (line.rstrip("\r") for line in lines if line.strip())
 
 
-def _refuse(wrong: Sequence[str]) -> NoReturn:
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def _prepare(plan: Plan, notes: Console) -> None:
     """Compiles and loads, saying so."""
     start = time.perf_counter()
@@ -207,10 +202,10 @@ def main(argv: Sequence[str]) -> None:
             try:
                 ask = _ask()
             except ValueError as error:
-                _refuse([str(error)])
+                command.refuse([str(error)])
             plan, wrong = prompting.plan(ask)
         if plan is None:
-            _refuse(wrong)
+            command.refuse(wrong)
         _prepare(plan, notes)
         writer = writing.writer_for(sys.stdout, len(plan.prompts), quiet=_JSON.value)
         whole = _run(plan, writer, ask.seed, notes)

@@ -21,12 +21,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import jax
 from absl import app, flags
 from rich.console import Console
 
+from experiments import command
 from experiments.evaluate import too_large
 from experiments.inspection import page, record, terminal
 from experiments.inspection.answer import Answer, answer
@@ -198,11 +199,6 @@ def _files() -> tuple[str | None, str | None]:
     return json, html
 
 
-def _refuse(wrong: Sequence[str]) -> NoReturn:
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def _tried(wrong: list[str], function: Any, *arguments: Any) -> Any:
     """Returns what `function` does, or adds to `wrong` why it cannot."""
     try:
@@ -253,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
         _tried(wrong, check, each)
     json, html = _tried(wrong, _files) or (None, None)
     if wrong:
-        _refuse(list(dict.fromkeys(wrong)))
+        command.refuse(list(dict.fromkeys(wrong)))
     console = _console(is_aside=json == "-")
     try:
         with console.status("Reading what the compiler made"):

@@ -17,12 +17,12 @@ import functools
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, get_args
+from typing import get_args
 
 from absl import app, flags
 from rich.console import Console
 
-from experiments import timed
+from experiments import command, timed
 from experiments.evaluate import Ask
 from experiments.report import folder, terminal
 from experiments.report.frontier import Objective, questions
@@ -84,20 +84,13 @@ def _ask() -> Ask:
     Raises:
       ValueError: a batch size is no number.
     """
-    try:
-        batch_sizes = tuple(int(size) for size in _BATCH_SIZES.value)
-    except ValueError:
-        raise ValueError(
-            f"cannot read --batch_sizes={','.join(_BATCH_SIZES.value)}; it is a list of"
-            " whole numbers. Write it like 1,16,64."
-        ) from None
     return Ask(
         models=(_MODEL.value,),
         targets=(_TARGET.value,),
         chip=_CHIP.value,
         partitions=tuple(_PARTITIONS.value),
         rules=tuple(_RULES.value),
-        batch_sizes=batch_sizes,
+        batch_sizes=command.batch_sizes(_BATCH_SIZES.value),
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
@@ -131,11 +124,6 @@ def _how() -> How:
     )
 
 
-def _refuse(wrong: Sequence[str]) -> NoReturn:
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def _run(ask: Ask, how: How, out: pathlib.Path, console: Console) -> list[Record]:
     """Returns the records of every point of `ask`, having written the reports."""
     # Attached devices belong to one process; if it dies, the next point gets another.
@@ -145,11 +133,11 @@ def _run(ask: Ask, how: How, out: pathlib.Path, console: Console) -> list[Record
             *_, planned = workers.run(functools.partial(timed.plan, how=how), [ask])
         points, wrong = planned.value or ([], [planned.reason])
         if wrong:
-            _refuse(wrong)
+            command.refuse(wrong)
         try:
             store = Store(out)
         except (OSError, ValueError) as error:
-            _refuse([str(error)])
+            command.refuse([str(error)])
         with store:
             if store.dropped is not None:
                 console.print(
@@ -164,14 +152,12 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = command.console(_WIDTH)
     out = pathlib.Path(_OUT.value)
     try:
         ask, how = _ask(), _how()
     except ValueError as error:
-        _refuse([str(error)])
+        command.refuse([str(error)])
     try:
         records = _run(ask, how, out, console)
     except KeyboardInterrupt:

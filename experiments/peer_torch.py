@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from rich.console import Console
 
+from experiments import command
 from experiments.peer import Peer, beside, measure
 from experiments.report import folder, provenance, terminal
 from experiments.report.frontier import Objective, questions
@@ -105,9 +105,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = command.console(_WIDTH)
     prepare_environment(["cpu:1"])  # JAX is here for shapes; the GPU is torch's
     out = pathlib.Path(_OUT.value)
     try:

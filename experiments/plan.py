@@ -19,12 +19,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, flags
-from rich.console import Console
 from rich.text import Text
 
+from experiments import command
 from experiments.evaluate import Ask
 from experiments.planning import changes, page, space, work
 from experiments.report.frontier import Objective
@@ -88,21 +87,15 @@ def _ask() -> Ask:
     Raises:
       ValueError: a batch size is no number.
     """
-    try:
-        sizes = [] if _BATCH_SIZES.value == ["auto"] else map(int, _BATCH_SIZES.value)
-        batch_sizes = tuple(sizes)
-    except ValueError:
-        raise ValueError(
-            f"cannot read --batch_sizes={','.join(_BATCH_SIZES.value)}; it is a list of"
-            " whole numbers. Write it like 1,16,64, or auto."
-        ) from None
+    sizes = _BATCH_SIZES.value
+    auto = sizes == ["auto"]
     return Ask(
         models=(_MODEL.value,),
         targets=(_TARGET.value,),
         chip=_CHIP.value,
         partitions=tuple(_PARTITIONS.value),
         rules=tuple(_RULES.value),
-        batch_sizes=batch_sizes,
+        batch_sizes=() if auto else command.batch_sizes(sizes, ", or auto"),
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
@@ -112,19 +105,11 @@ def _ask() -> Ask:
     )
 
 
-def _refuse(message: str) -> NoReturn:
-    wrong = message.split("\n")
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, plans, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = command.console(_WIDTH)
     out = pathlib.Path(_OUT.value)
     objective = Objective.of_ms(
         ttft_ms=_TTFT_MS.value,
@@ -149,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
             )
         files = work.write(done, out)
     except ValueError as error:
-        _refuse(str(error))
+        command.refuse(str(error).split("\n"))
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. The same command goes on from what is in {out}.")
     page.show(console, ask, objective, done.answer)

@@ -9,14 +9,13 @@ XLA:GPU computes things twice in a program that does not fit.
 
 import dataclasses
 import json
-import os
 import pathlib
 import zlib
 
 import jax
 
 from experiments.evaluate import Compiler, Counted, too_large
-from experiments.report import provenance
+from experiments.report import files, provenance
 from experiments.report.record import decode, digest
 from sharding.hlo import stored
 from sharding.program import Memory, Program
@@ -51,14 +50,14 @@ class Shelf(Compiler):
             counted = super().count(program, target)
         except jax.errors.JaxRuntimeError as error:
             if too_large(str(error)):
-                _write(path, {"refused": str(error)})
+                files.replace(path, _encoded({"refused": str(error)}))
             raise
         plain = {
             **{name: getattr(counted, name) for name in _FIGURES},
             "memory": dataclasses.asdict(counted.memory),
             "ledger": stored.to_plain(counted.ledger),
         }
-        _write(path, plain)
+        files.replace(path, _encoded(plain))
         return counted
 
 
@@ -76,12 +75,8 @@ def _decoded(data: bytes) -> Counted:
     )
 
 
-def _write(path: pathlib.Path, values: dict[str, object]) -> None:
-    """Writes a file in one step, for other processes may be doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(zlib.compress(json.dumps(values).encode(), 1))
-    os.replace(part, path)
+def _encoded(values: dict[str, object]) -> bytes:
+    return zlib.compress(json.dumps(values).encode(), 1)
 
 
 def _key(program: Program, target: Target) -> str:

@@ -22,16 +22,13 @@ from experiments.report import kept, provenance, units
 from experiments.report.frontier import partition_order
 from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
-from jaxllm import config as config_lib
 from jaxllm.model import Params
 from sharding import choices, guard, kernels, limits, timing
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
-from sharding.partition import Partition, Workload, check
-from sharding.program import CompiledProgram, Phase, Program
+from sharding.program import CompiledProgram, Program
 from sharding.target import Target, parse_target, prepare_environment
 
-_PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 # Which figures a phase's time is called by, and where its parts stand.
 _NAMES = {"prefill": "ttft", "decode": "tpot"}
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.I)
@@ -107,34 +104,14 @@ def measure(point: Point, how: How) -> Record:
     """
     target = parse_target(point.target, point.context.get("priced_as"))
     target = target.first(point.num_devices)
-    config = config_lib.load(point.model)
-    partition = Partition.parse(point.partition, point.rules)
-    workload = Workload(
-        batch_size=point.batch_size,
-        input_len=point.input_len,
-        output_len=point.output_len,
-    )
     record = functools.partial(
         Record.of, point, provenance.collect(), origin="measured"
     )
-    stored: dict[str, Any] = dict(weights=point.weights, kv=point.kv)
     try:
-        check(config, partition, workload)
-        prefill, decode = (
-            Program(
-                phase=phase,
-                config=config,
-                partition=partition,
-                workload=workload,
-                dtype=point.dtype,
-                micro_batches=point.asked_micro_batches,
-                **stored,
-            )
-            for phase in _PHASES
-        )
+        both = evaluate.asked(point)
         prefill, decode = choices.choose_both(
-            prefill,
-            decode,
+            both["prefill"],
+            both["decode"],
             target,
             layers=point.layers,
             changes=dict(how.changes),
@@ -311,7 +288,7 @@ def _keep(
     """Writes the programs that were timed, for `experiments.validate`."""
     made = provenance.collect()
     how = {"attached": True, "commit": made.commit, "versions": dict(made.versions)}
-    for phase, program in zip(_PHASES, compiled, strict=True):
+    for phase, program in zip(evaluate.PHASES, compiled, strict=True):
         kept.write(kept.path(folder, point, phase), program, how)
 
 

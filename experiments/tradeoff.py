@@ -19,12 +19,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, get_args
+from typing import get_args
 
 from absl import app, flags
 from rich.console import Console
 
-from experiments import evaluate, traces
+from experiments import command, evaluate, traces
 from experiments.evaluate import Ask
 from experiments.report import folder, terminal
 from experiments.report.frontier import Objective, questions
@@ -83,20 +83,13 @@ def _ask() -> Ask:
     Raises:
       ValueError: a batch size is no number.
     """
-    try:
-        batch_sizes = tuple(int(size) for size in _BATCH_SIZES.value)
-    except ValueError:
-        raise ValueError(
-            f"cannot read --batch_sizes={','.join(_BATCH_SIZES.value)}; it is a list of"
-            " whole numbers. Write it like 1,16,64."
-        ) from None
     return Ask(
         models=tuple(_MODEL.value),
         targets=tuple(_TARGET.value),
         chip=_CHIP.value,
         partitions=tuple(_PARTITIONS.value),
         rules=tuple(_RULES.value),
-        batch_sizes=batch_sizes,
+        batch_sizes=command.batch_sizes(_BATCH_SIZES.value),
         input_len=_INPUT_LEN.value,
         output_len=_OUTPUT_LEN.value,
         dtype=_DTYPE.value,
@@ -112,11 +105,6 @@ def _jobs(ask: Ask) -> int:
     return _JOBS.value or os.cpu_count() or 1
 
 
-def _refuse(wrong: Sequence[str]) -> NoReturn:
-    lines = "\n".join(f"  - {text}" for text in wrong)
-    sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
-
-
 def _run(
     ask: Ask, out: pathlib.Path, objective: Objective, console: Console
 ) -> list[Record]:
@@ -128,11 +116,11 @@ def _run(
             *_, planned = workers.run(evaluate.plan, [ask])
         points, wrong = planned.value or ([], [planned.reason])
         if wrong:
-            _refuse(wrong)
+            command.refuse(wrong)
         try:
             store = Store(out)
         except (OSError, ValueError) as error:
-            _refuse([str(error)])
+            command.refuse([str(error)])
         with store:
             if store.dropped is not None:
                 console.print(
@@ -177,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         ask = _ask()
     except ValueError as error:
-        _refuse([str(error)])
+        command.refuse([str(error)])
     try:
         records = _run(ask, out, objective, console)
     except KeyboardInterrupt:

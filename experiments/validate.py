@@ -25,6 +25,7 @@ from typing import NoReturn
 from absl import app, flags
 from rich.console import Console
 
+from experiments import command
 from experiments.report import provenance, terminal, validated
 from experiments.report.validated import Figure
 from experiments.report.workers import Workers
@@ -140,9 +141,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, predicts, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = command.console(_WIDTH)
     records, out = pathlib.Path(_RECORDS.value), pathlib.Path(_OUT.value)
     if (_WRITE.value or _CHECK.value) and (
         _CHIP.value or records.resolve() != committed.RECORDS

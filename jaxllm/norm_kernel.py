@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxllm.token_kernel import cost
+from jaxllm.triton import cost, num_bytes
 
 _WORD = 4  # bytes; two bfloat16 numbers
 
@@ -120,8 +120,7 @@ def add_and_norm(
     says = cost(
         matmul_flops=0,
         other_flops=(0 if scale is None else 4) * x.size + pieces.size,
-        hbm_bytes=(2 if scale is None else 3) * x.size * x.dtype.itemsize
-        + pieces.size * pieces.dtype.itemsize,
+        hbm_bytes=num_bytes(x, pieces, x, *([] if scale is None else [x])),
     )
     if scale is not None:
         inputs.append((scale, whole((width,))))
@@ -136,7 +135,7 @@ def add_and_norm(
         says |= {
             "collective": "all-reduce",
             "replica_groups": groups,
-            "payload_bytes": str(x.size * x.dtype.itemsize),
+            "payload_bytes": str(num_bytes(x)),
         }
     kernel = functools.partial(
         _add_and_norm, eps=None if scale is None else eps, mailbox=mailbox

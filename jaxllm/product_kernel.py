@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from jaxllm.token_kernel import PROGRAMS, ROWS, cost
+from jaxllm.triton import PROGRAMS, ROWS, cost, num_bytes
 
 COLUMNS = 128  # of the weight, that a program holds at a time
 DEPTH = 128  # rows of the weight, likewise
@@ -110,9 +110,7 @@ def split_product(
         metadata=cost(
             matmul_flops=2 * rows * depth * columns,
             other_flops=0,
-            hbm_bytes=x.size * x.dtype.itemsize
-            + weight.size * weight.dtype.itemsize
-            + 4 * math.prod(shape.shape),
+            hbm_bytes=num_bytes(x, weight, shape),
         ),
         interpret=interpret,
     )(x, weight)

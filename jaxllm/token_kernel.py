@@ -19,10 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import KV
+from jaxllm.triton import PROGRAMS, ROWS, cost, num_bytes
 
 BLOCK = 128  # positions of the cache that a program holds at a time
-ROWS = 16  # queries in the smallest product that the matrix units do
-PROGRAMS = 2 * 132  # enough to fill a GPU: two a core of an H100
 _MASKED = -1e30
 _LOG2_E = math.log2(math.e)
 
@@ -87,8 +86,8 @@ def token_attention(
     )
     softmax = pl.BlockSpec((None, None, None, ROWS), lambda b, h, part: (b, h, part, 0))
     shape = (batch, heads, parts, group)
-    reads = 2 * kv.k.size * kv.k.dtype.itemsize
-    writes = math.prod(shape) * (width * jnp.dtype(dtype).itemsize + 8)
+    weighed = jax.ShapeDtypeStruct((*shape, width), dtype)
+    sums = jax.ShapeDtypeStruct(shape, jnp.float32)
     keys, values, out, top, total = pl.pallas_call(
         functools.partial(
             _attend, block=block, parts=parts, group=group, scale=width**-0.5
@@ -104,9 +103,7 @@ def token_attention(
         out_shape=[
             jax.ShapeDtypeStruct(kv.k.shape, kv.k.dtype),
             jax.ShapeDtypeStruct(kv.v.shape, kv.v.dtype),
-            jax.ShapeDtypeStruct((*shape, width), dtype),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            *(weighed, sums, sums),
         ],
         input_output_aliases={5: 0, 6: 1},
         compiler_params=plgpu.CompilerParams(
@@ -116,7 +113,8 @@ def token_attention(
         metadata=cost(
             matmul_flops=4 * batch * heads * group * length * width,
             other_flops=5 * batch * heads * group * length,
-            hbm_bytes=reads + _bytes(q, positions, k, v, k, v) + writes,
+            # The new key and value are read and written.
+            hbm_bytes=num_bytes(q, positions, *kv, k, v, k, v, weighed, sums, sums),
         ),
         interpret=interpret,
     )(positions, keep, q, k, v, kv.k, kv.v)
@@ -252,21 +250,7 @@ def _join(
         metadata=cost(
             matmul_flops=0,
             other_flops=2 * out.size + 4 * top.size,
-            hbm_bytes=_bytes(out, top, total) + shape.size * jnp.dtype(dtype).itemsize,
+            hbm_bytes=num_bytes(out, top, total, shape),
         ),
         interpret=interpret,
     )(out, top, total)
-
-
-def cost(*, matmul_flops: int, other_flops: int, hbm_bytes: int) -> dict[str, str]:
-    """Returns what one call costs, as the metadata that stays with a kernel in HLO."""
-    figures = {
-        "matmul_flops": matmul_flops,
-        "other_flops": other_flops,
-        "hbm_bytes": hbm_bytes,
-    }
-    return {name: str(value) for name, value in figures.items()}
-
-
-def _bytes(*arrays: Array) -> int:
-    return sum(x.size * x.dtype.itemsize for x in arrays)

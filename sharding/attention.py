@@ -166,7 +166,7 @@ def token_refusal(
     """Returns why attention `name` of one token cannot be used, None if it can.
 
     Args:
-      name: of the attention.
+      name: of the attention; not "einsum".
       config: the model as computed.
       is_apart: each layer's cache is an array of its own.
       is_whole: a device holds all positions of the sequences and heads it holds.
@@ -174,8 +174,6 @@ def token_refusal(
       size: elements of one layer's keys on one device.
     """
     rest = "Use token_attention='einsum', which has no such limit."
-    if name == "einsum":
-        return None
     if name != "triton":
         return f"no token attention {name!r}; there are einsum, triton. Choose one."
     if not is_apart:

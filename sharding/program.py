@@ -174,7 +174,7 @@ class Program:
             )
         if reason := refusal(self.attention, self.config, self.dtype):
             raise ValueError(reason)
-        if reason := self.token_refusal(self.token_attention):
+        if reason := self._token_refusal():
             raise ValueError(reason)
         if reason := self._residual_refusal():
             raise ValueError(reason)
@@ -219,14 +219,15 @@ class Program:
             drawn=not self.sampling.is_greedy,
         )
 
-    def token_refusal(self, name: Token) -> str | None:
-        """Returns why attention `name` of a token cannot be used, None if it can."""
+    def _token_refusal(self) -> str | None:
+        if self.token_attention == "einsum":
+            return None
         layout, partition = self.layout, self.partition
         split = partition.rules.axes_of("cache_seq", "decode")
         layers = -(-self.config.num_layers // partition.stage)
         bytes_each = layout.device_bytes(layout.named_state().cache) // (2 * layers)
         return token_refusal(
-            name,
+            self.token_attention,
             layout.model,
             is_apart=self.layers == "unrolled"
             and (partition.stage == 1 or self.ticks == "unrolled"),
@@ -242,7 +243,9 @@ class Program:
 
     def _residual_refusal(self) -> str | None:
         name = self.residual
-        if name != "plain" and (self.phase != "decode" or self.weights):
+        if name == "plain":
+            return None
+        if self.phase != "decode" or self.weights:
             return (
                 f"residual {name!r} in {self.phase} with weights {self.weights}: the"
                 " kernel is for decoded tokens and weights as wide as activations. Use"
@@ -519,7 +522,7 @@ class Program:
             place=self._place(platform),
             attention=self._attention(),
             token_attention=self._token_attention(platform),
-            steps=self._steps(mesh) if self.phase == "decode" else None,
+            steps=self._steps(mesh),
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,

@@ -21,7 +21,7 @@ from jaxllm.model import Steps
 from jaxllm.norm_kernel import Mailbox, add_and_norm
 from jaxllm.product_kernel import split_product
 from jaxllm.quantized import product
-from jaxllm.token_kernel import ROWS
+from jaxllm.triton import ROWS
 from sharding.partition import Partition
 
 Residual = Literal["plain", "triton", "triton_split"]
@@ -37,14 +37,12 @@ def refusal(
     """Returns why residual `name` cannot be used, None if it can.
 
     Args:
-      name: of the residual.
+      name: of the residual; not "plain".
       config: the model as computed.
       partition: how it is split.
       tokens: that a device works on at once.
     """
     rest = "Use residual='plain', which has no such limit."
-    if name == "plain":
-        return None
     if name not in get_args(Residual):
         known = ", ".join(get_args(Residual))
         return f"no residual {name!r}; there are {known}. Choose one."

@@ -1,13 +1,18 @@
 """Runs compiled programs on attached devices: tokens step by step."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxllm.model import Params
 from sharding.layout import Layout, State
-from sharding.program import CompiledProgram
+from sharding.mesh import make_mesh
+from sharding.program import CompiledProgram, Program
+from sharding.target import Target
 
 
 def generate(
@@ -50,6 +55,46 @@ def generate(
         elif before is not None:
             yield _merge(ahead, before, now)
         before = now
+
+
+def answers(
+    prefill: Program,
+    decode: Program,
+    target: Target,
+    params: Callable[[Layout, Mesh], Params],
+    prompts: np.ndarray,
+    *lengths: np.ndarray,
+    count: int,
+    seeds: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compiles both phases and returns tokens [count, B] and logits [count, B, V].
+
+    Args:
+      prefill: `with_logits`, and written for the same layout as `decode`.
+      decode: likewise.
+      target: attached devices.
+      params: gives the parameters as they lie on a mesh.
+      prompts: [B, T] int32.
+      *lengths: [B] int32, if the programs are ragged.
+      count: tokens of each sequence.
+      seeds: [B] uint32, if tokens are drawn.
+    """
+    layout = decode.layout
+    mesh = make_mesh(target.mesh_devices(decode.partition.shape))
+    state = layout.zeros(layout.named_state(), mesh)
+    if seeds is not None:
+        state = state._replace(seeds=jax.device_put(seeds, state.seeds.sharding))
+    steps = generate(
+        prefill.compile(target),
+        decode.compile(target),
+        layout,
+        params(layout, mesh),
+        state,
+        prompts,
+        *lengths,
+    )
+    tokens, logits = zip(*itertools.islice(steps, count), strict=True)
+    return np.stack(tokens), np.stack(logits)
 
 
 def leads(layout: Layout) -> np.ndarray:

@@ -18,6 +18,7 @@ from experiments.report.record import (
     TimeParts,
     metrics,
 )
+from sharding.chips.calibration import Header
 
 PARTITIONS = ("tp8", "tp4_pp2", "tp2_pp4", "pp8", "dp2_tp4", "dp4_tp2", "dp8")
 _LAYERS, _WIDTH, _WEIGHTS, _KV_TOKEN = 80, 8192, 141e9, 327_680
@@ -34,6 +35,16 @@ MADE = Provenance(
     flags={"XLA_FLAGS": ""},
     command="made up by tests/fakes.py",
     time="2026-01-01T00:00:00Z",
+)
+CALIBRATED = Header(
+    chip="h100",
+    devices=("NVIDIA H100 80GB HBM3",) * 2,
+    driver="580.1",
+    versions={"jax": "0.11.2"},
+    flags={},
+    command="python -m experiments.calibrate",
+    commit="0123",
+    time="2026-11-24T10:00:00Z",
 )
 
 

@@ -18,22 +18,13 @@ from experiments.calibration.points import BYTES, Point, plan
 from experiments.report.workers import Event
 from sharding import rates
 from sharding.chips import CHIPS, load_calibrated
-from sharding.chips.calibration import Header, Sample
+from sharding.chips.calibration import Sample
 from sharding.target import parse_target
+from tests import fakes
 
 H100 = CHIPS["h100"].published()
 FULL = plan(H100, 2, "full")
 CPU = Ask(target="cpu:2", size="tiny")
-HEADER = Header(
-    chip="h100",
-    devices=("NVIDIA H100 80GB HBM3",) * 2,
-    driver="580.1",
-    versions={"jax": "0.11.2"},
-    flags={},
-    command="python -m experiments.calibrate",
-    commit="0123",
-    time="2026-11-24T10:00:00Z",
-)
 SLOTS = {"matmul": 2, "apart": 9, "call": 0}
 CALL_S, GAP_S = 12e-6, 2e-6
 
@@ -131,7 +122,7 @@ class InProcess:
 def calibrate(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
     """Returns `run.calibrate` of two H100 of known rates."""
     monkeypatch.setattr(run, "Workers", InProcess)
-    monkeypatch.setattr(bench, "read", lambda ask: (HEADER, FULL))
+    monkeypatch.setattr(bench, "read", lambda ask: (fakes.CALIBRATED, FULL))
     monkeypatch.setattr(bench, "measure", _measured)
     console = Console(quiet=True)
     return functools.partial(
@@ -229,7 +220,9 @@ def test_other_conditions_are_another_file(
     calibrate.keywords["clock"] = iter([0, 0, 2e9]).__next__
     calibrate()
     del calibrate.keywords["clock"]
-    other = dataclasses.replace(HEADER, versions={"jax": "0.12.0"}, time="later")
+    other = dataclasses.replace(
+        fakes.CALIBRATED, versions={"jax": "0.12.0"}, time="later"
+    )
     monkeypatch.setattr(bench, "read", lambda ask: (other, FULL))
     with pytest.raises(ValueError, match=r"versions \{'jax': '0\.11\.2'\} -> .*0\.12"):
         calibrate()

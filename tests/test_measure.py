@@ -6,7 +6,6 @@ import math
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import jax
 import pytest
@@ -19,8 +18,10 @@ from experiments.report.frontier import Objective, questions
 from experiments.report.record import Point, Record
 from experiments.timed import How
 from sharding import guard, timing
-from sharding.program import CompiledProgram, Program
-from sharding.target import Target, parse_target
+from sharding.target import parse_target
+
+# Equal programs share what the compiler made.
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASK = Ask(
@@ -33,23 +34,6 @@ ASK = Ask(
 )
 HOW = How(repeats=3, warnings=("somebody else is here",))
 PARTITIONS = ("tp1", "tp2", "pp2", "dp2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once() -> Iterator[None]:
-    """Makes equal programs of these tests share what the compiler made."""
-    compile_ = Program.compile
-    known: dict[tuple[object, ...], CompiledProgram] = {}
-
-    def compiled(program: Program, target: Target) -> CompiledProgram:
-        key = (program.phase, program.partition.name, program.workload, target.devices)
-        if key not in known:
-            known[key] = compile_(program, target)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "compile", compiled)
-        yield
 
 
 def _points(**changes) -> list[Point]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
 from sharding.residual import Residual
-from sharding.run import generate
+from sharding.run import answers
 from sharding.target import parse_target
 
 BATCH, PROMPT, TOKENS = 16, 12, 9
@@ -76,27 +75,24 @@ def run(
         )
         for phase in ("prefill", "decode")
     )
-    layout = prefill.layout
-    mesh = make_mesh(target.mesh_devices(partition.shape))
     rng = np.random.default_rng(0)
     # Sequences do not depend on the batch, so any is compared with one of BATCH.
     prompts = rng.integers(0, config.vocab_size, (BATCH, PROMPT), np.int32)[:batch]
     lengths = rng.integers(3, PROMPT + 1, BATCH, np.int32)[:batch]
-    state = layout.zeros(layout.named_state(), mesh)
+    seeds = None
     if not sampling.is_greedy:
         seeds = rng.integers(0, 2**32, BATCH, np.uint32)[:batch]
-        state = state._replace(seeds=jax.device_put(seeds, state.seeds.sharding))
-    steps = generate(
-        prefill.compile(target),
-        decode.compile(target),
-        layout,
-        layout.place_params(parameters(model), mesh),
-        state,
+    tokens, logits = answers(
+        prefill,
+        decode,
+        target,
+        lambda layout, mesh: layout.place_params(parameters(model), mesh),
         prompts,
         *((lengths,) if ragged else ()),
+        count=TOKENS,
+        seeds=seeds,
     )
-    tokens, logits = zip(*itertools.islice(steps, TOKENS), strict=True)
-    return np.stack(tokens), np.stack(logits), layout
+    return tokens, logits, prefill.layout
 
 
 @functools.cache

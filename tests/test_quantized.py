@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import itertools
-import pathlib
 from typing import Any
 
 import jax
@@ -17,21 +15,18 @@ from jaxllm import quantized
 from jaxllm.config import PRESETS, ModelConfig
 from jaxllm.layers import group_size
 from jaxllm.quantized import KVFormat, WeightFormat, dequantize, narrow, quantize
-from jaxllm.weights import open_checkpoint, smollm2_path
 from sharding.hlo import read_ledger
 from sharding.layout import Layout, Ticks
 from sharding.limits import closed_form_flops, work
-from sharding.load import load_params
 from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
-from sharding.run import generate
+from sharding.run import answers
 from sharding.target import parse_target
 from sharding.timing import random_params
-from tests import reference
+from tests import reference, test_smollm2
 from tests.test_model import to_params
 
-FOLDER = pathlib.Path(__file__).parent / "data/smollm2"
 BATCH, PROMPT, TOKENS = 8, 12, 4
 SMALL = dataclasses.replace(PRESETS["tiny"], num_layers=2)
 # 6 devices hold two copies of 3 heads; 112 does not divide by 3.
@@ -106,24 +101,22 @@ def run(
         )
         for phase in ("prefill", "decode")
     )
-    layout = prefill.layout
-    mesh = make_mesh(target.mesh_devices(partition.shape))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, SMALL.vocab_size, (BATCH, PROMPT), np.int32)
     lengths = np.full(BATCH, PROMPT, np.int32)
     if ragged:
         lengths = rng.integers(3, PROMPT + 1, BATCH, np.int32)
-    steps = generate(
-        prefill.compile(target),
-        decode.compile(target),
-        layout,
-        layout.place_params(to_params(weights_of(SMALL), SMALL), mesh),
-        layout.zeros(layout.named_state(), mesh),
+    whole = to_params(weights_of(SMALL), SMALL)
+    tokens, logits = answers(
+        prefill,
+        decode,
+        target,
+        lambda layout, mesh: layout.place_params(whole, mesh),
         prompts,
         *([lengths] if ragged else []),
+        count=TOKENS,
     )
-    tokens, logits = zip(*itertools.islice(steps, TOKENS), strict=True)
-    return prompts, lengths, np.stack(tokens), np.stack(logits)
+    return prompts, lengths, tokens, logits
 
 
 def left_of(w: np.ndarray, form: str) -> np.ndarray:
@@ -323,49 +316,15 @@ def test_other_formats_are_refused(field: str) -> None:
 @pytest.mark.parametrize("name", ["tp1", "tp3_pp2"])
 def test_smollm2_in_int8_says_nearly_the_same(name: str) -> None:
     least = 8
-    checkpoint, partition = open_checkpoint(smollm2_path()), Partition.parse(name)
-    known = dict(np.load(FOLDER / "reference.npz"))
-    ids = [known[f"prompt_{i}"] for i in (0, 1, 2, 0)]
-    lengths = np.array([len(x) for x in ids], np.int32)
-    prompts = np.zeros((len(ids), lengths.max()), np.int32)
-    for row, prompt in zip(prompts, ids, strict=True):
-        row[: len(prompt)] = prompt
-    target = parse_target(f"cpu:{partition.num_devices}")
-    mesh = make_mesh(target.mesh_devices(partition.shape))
-    prefill, decode = (
-        Program(
-            phase=phase,
-            config=checkpoint.config,
-            partition=partition,
-            workload=Workload(
-                batch_size=4, input_len=prompts.shape[1], output_len=least + 1
-            ),
-            dtype="float32",
-            weights="int8",
-            layers="scanned",
-            ragged=True,
-            with_logits=True,
-        )
-        for phase in ("prefill", "decode")
-    )
-    layout = prefill.layout
-    steps = generate(
-        prefill.compile(target),
-        decode.compile(target),
-        layout,
-        load_params(checkpoint, layout, mesh),
-        layout.zeros(layout.named_state(), mesh),
-        prompts,
-        lengths,
-    )
-    tokens, logits = zip(*itertools.islice(steps, least), strict=True)
+    known = test_smollm2.reference()
+    tokens, logits = test_smollm2.greedy(name, "scanned", least, "int8")
     every = known["logits_0"].shape[-1]
-    step = checkpoint.config.vocab_size // every
+    step = PRESETS["smollm2-135m"].vocab_size // every
     for row in range(4):
         want = known[f"logits_{row % 3}"][0]
-        error = logits[0][row, ::step] - want
+        error = logits[row, 0, ::step] - want
         assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(want**2))
-        same = np.stack(tokens)[:, row] == known[f"tokens_{row % 3}"][:least]
+        same = tokens[row] == known[f"tokens_{row % 3}"][:least]
         # One prompt has a clear answer; small differences turn the others later.
         assert same[:2].all()
         assert same.all() or row != 1

@@ -12,24 +12,14 @@ from sharding import curves, links, rates
 from sharding.chips import CHIPS, Chip, find_chip
 from sharding.chips.calibration import (
     Calibration,
-    Header,
     Sample,
     header_line,
     read_calibration,
     sample_line,
 )
+from tests import fakes
 
 H100 = CHIPS["h100"].published()
-HEADER = Header(
-    chip="h100",
-    devices=("NVIDIA H100 80GB HBM3",) * 2,
-    driver="580.1",
-    versions={"jax": "0.11.2"},
-    flags={},
-    command="python -m experiments.calibrate",
-    commit="0123",
-    time="2026-11-24T10:00:00Z",
-)
 # A device whose every benchmark takes latency + size / rate.
 CALL_S, GAP_S, APART_S = 11e-6, 2e-6, 9e-6
 MEMORY_S, BYTES_PER_S, LINK_S, LINK_BYTES_PER_S = 1e-6, 2.5e12, 5e-6, 200e9
@@ -109,7 +99,7 @@ SAMPLES = (
 
 
 def _calibrated(*samples: Sample) -> Chip:
-    found = Calibration(header=HEADER, samples=samples, digest="0")
+    found = Calibration(header=fakes.CALIBRATED, samples=samples, digest="0")
     return dataclasses.replace(H100, calibrated=found)
 
 
@@ -273,7 +263,7 @@ def test_curve_ignores_the_order_of_samples() -> None:
 
 
 def _written(path: pathlib.Path, *samples: Sample) -> pathlib.Path:
-    lines = [header_line(HEADER), *map(sample_line, samples)]
+    lines = [header_line(fakes.CALIBRATED), *map(sample_line, samples)]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -287,7 +277,7 @@ def test_a_file_says_what_was_written(tmp_path: pathlib.Path) -> None:
     )
     path = _written(tmp_path / "h100.jsonl", profiled, *SAMPLES[1:])
     found = read_calibration(path)
-    assert found.header == HEADER
+    assert found.header == fakes.CALIBRATED
     times_s = found.samples[0].call_samples_s
     assert times_s == pytest.approx(profiled.call_samples_s, rel=1e-5)
     assert dataclasses.replace(profiled, call_samples_s=times_s) == found.samples[0]

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import itertools
 import pathlib
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 
 from jaxllm.config import PRESETS
 from jaxllm.model import Layers
+from jaxllm.quantized import WeightFormat
 from jaxllm.weights import open_checkpoint, smollm2_path
 from sharding.load import load_params
-from sharding.mesh import make_mesh
 from sharding.partition import Partition, Workload
 from sharding.program import Program
-from sharding.run import generate
+from sharding.run import answers
 from sharding.target import parse_target
 
 FOLDER = pathlib.Path(__file__).parent / "data/smollm2"
@@ -43,8 +42,13 @@ def reference() -> dict[str, np.ndarray]:
     return dict(np.load(FOLDER / "reference.npz"))
 
 
-def greedy(name: str, layers: Layers) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens [B, 64] and logits [B, 64, V] of the prompts in one batch."""
+def greedy(
+    name: str,
+    layers: Layers,
+    count: int = TOKENS,
+    weights: WeightFormat | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens [B, count] and logits [B, count, V] of prompts in one batch."""
     checkpoint, partition = open_checkpoint(smollm2_path()), Partition.parse(name)
     ids = [reference()[f"prompt_{i}"] for i in (0, 1, 2, 0)]
     lengths = np.array([len(x) for x in ids], np.int32)
@@ -58,28 +62,26 @@ def greedy(name: str, layers: Layers) -> tuple[np.ndarray, np.ndarray]:
             config=checkpoint.config,
             partition=partition,
             workload=Workload(
-                batch_size=len(ids), input_len=prompts.shape[1], output_len=TOKENS + 1
+                batch_size=len(ids), input_len=prompts.shape[1], output_len=count + 1
             ),
             dtype="float32",
+            weights=weights,
             layers=layers,
             ragged=True,
             with_logits=True,
         )
         for phase in ("prefill", "decode")
     )
-    layout = prefill.layout
-    mesh = make_mesh(target.mesh_devices(partition.shape))
-    steps = generate(
-        prefill.compile(target),
-        decode.compile(target),
-        layout,
-        load_params(checkpoint, layout, mesh),
-        layout.zeros(layout.named_state(), mesh),
+    tokens, logits = answers(
+        prefill,
+        decode,
+        target,
+        functools.partial(load_params, checkpoint),
         prompts,
         lengths,
+        count=count,
     )
-    tokens, logits = zip(*itertools.islice(steps, TOKENS), strict=True)
-    return np.stack(tokens, axis=1), np.stack(logits, axis=1)
+    return tokens.swapaxes(0, 1), logits.swapaxes(0, 1)
 
 
 def test_the_file_is_the_preset() -> None:

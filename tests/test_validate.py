@@ -8,7 +8,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,9 +24,10 @@ from experiments.report.validated import Figure
 from experiments.validation import committed, load, page, predict, summary
 from experiments.validation import tables as found_tables
 from experiments.validation.predict import Measured
-from sharding.program import CompiledProgram, Program
-from sharding.target import Target
 from tests import fakes
+
+# Equal programs share what the compiler made.
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMITTED = validated.read(validated.PATH)
@@ -335,23 +335,6 @@ class TestRecords:
         record = dataclasses.replace(record, target="attached", num_devices=8)
         with pytest.raises(ValueError, match=r"ran on 8 x cpu, .* h100, h200"):
             predict.predict(Measured(record=record, folder=tmp_path))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once() -> Iterator[None]:
-    """Makes equal programs of these tests share what the compiler made."""
-    compile_ = Program.compile
-    known: dict[str, CompiledProgram] = {}
-
-    def compiled(program: Program, target: Target) -> CompiledProgram:
-        key = f"{program} {target.devices}"
-        if key not in known:
-            known[key] = compile_(program, target)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "compile", compiled)
-        yield
 
 
 @pytest.fixture(scope="module")

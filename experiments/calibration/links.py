@@ -19,7 +19,7 @@ from experiments.calibration.chains import Array, Chain
 from experiments.calibration.points import BYTES, COLD_BYTES, Point
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV
-from jaxllm.quantized import GROUP, Quantized, product
+from jaxllm.quantized import Quantized, product, quantize
 
 DTYPES = {
     "bf16": jnp.bfloat16,
@@ -152,11 +152,9 @@ def _matmul(point: Point, platform: str) -> Chain:
         return _tie(x, lax.dot(x, w, preferred_element_type=out))
 
     weights: Any = Array((k, n), stored)
-    if stored == jnp.int4:
-        values = Array((n // GROUP, k, GROUP), stored)
-        weights = Quantized(values=values, scale=Array((n // GROUP, k), dtype))
-    elif stored != dtype:
-        weights = Quantized(values=weights, scale=Array((n,), jnp.float32))
+    if stored != dtype:
+        form = functools.partial(quantize, form=point.at["weights"])
+        weights = jax.eval_shape(form, Array((k, n), dtype))
     weight_bytes = k * n * BYTES[str(point.at["weights"])]
     return Chain(
         state=Array((m, k), dtype),

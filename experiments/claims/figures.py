@@ -23,7 +23,6 @@ PARTS = {
     "bubble": "#d5d5d5", "gaps": "#a9a17d",
 }  # fmt: skip
 _OTHER = "#7d5fb2"
-_INK = "#222222"
 _METRICS = {
     "ttft_s": ("TTFT, s", 1.0),
     "tpot_s": ("TPOT, ms", 1e3),
@@ -96,16 +95,7 @@ def _bars(
     unit: str,
     say: Any,
 ) -> dict[str, Any]:
-    figure.add_scatter(
-        y=list(labels),
-        x=[end / size for end in ends],
-        mode="text",
-        text=[f" {say(end)}" for end in ends],
-        textposition="middle right",
-        textfont=dict(size=11, color=_INK),
-        cliponaxis=False,
-        hoverinfo="skip",
-    )
+    charts.write_totals(figure, labels, [end / size for end in ends], map(say, ends))
     figure.update_layout(
         barmode="stack",
         bargap=0.28,

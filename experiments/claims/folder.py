@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from experiments.claims import findings, page
 from experiments.claims.claims import CLAIMS, CROSSOVERS
 from experiments.claims.depth import rows_of
 from experiments.claims.rows import FILE_NAME, Rows, read, write
+from experiments.report import files
 from experiments.report.record import Provenance, Record, decode
 from experiments.report.tables import Table
 
@@ -69,9 +69,8 @@ def provenance(folder: Path) -> Table:
 
 def write_page(rows: Path, out: Path, notes: Sequence[str] = ()) -> None:
     """Writes the page of `rows` into `out`, replaced in one step."""
-    part = out / f".{PAGE}.part"
-    part.write_text(page.page(read_rows(rows), provenance(rows), notes))
-    os.replace(part, out / PAGE)
+    text = page.page(read_rows(rows), provenance(rows), notes)
+    files.replace(out / PAGE, text)
 
 
 def write_findings(rows: Path, path: Path, name: str) -> None:

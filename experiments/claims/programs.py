@@ -7,16 +7,13 @@ code that does not reach the program costs no compilation, and new rates cost no
 """
 
 import dataclasses
-import gzip
-import os
-import pickle
 from pathlib import Path
 
 import jax
 
 from experiments.claims.rows import ANY_MEMORY, LINKS, MEMORY
 from experiments.evaluate import Compiler
-from experiments.report import provenance
+from experiments.report import kept, provenance
 from experiments.report.record import Point, digest
 from sharding import choices
 from sharding.chips import Chip, find_chip
@@ -83,13 +80,10 @@ class Kept(Compiler):
             sorted(provenance.compiler_flags().items()),
             dataclasses.astuple(program.workload),
         )  # fmt: skip
-        path = self._path / f"{digest(repr(given))}.gz"
+        path = self._path / f"{digest(repr(given))}.hlo.gz"
         if path.exists():
-            return pickle.loads(gzip.decompress(path.read_bytes()))
+            return kept.read(path)[0]
         compiled = dataclasses.replace(program.compile(target), executable=None)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(gzip.compress(pickle.dumps(compiled), compresslevel=3))
-        os.replace(part, path)
+        kept.write(path, compiled, {"attached": False})
         jax.clear_caches()  # else a long sweep keeps every trace
         return compiled

@@ -16,7 +16,7 @@ from experiments.planning.changes import Outcome
 from experiments.planning.search import Search
 from experiments.planning.solve import solve
 from experiments.planning.space import Candidate
-from experiments.report import folder, provenance
+from experiments.report import files, folder, provenance
 from experiments.report.frontier import Objective
 from experiments.report.store import Store
 from experiments.report.workers import Workers
@@ -139,7 +139,5 @@ def write(done: Plan, out: Path) -> list[str]:
     text = page.page(
         done.ask, done.objective, done.search, done.answer, provenance.collect(), more
     )
-    part = out / f".{PAGE}.part"
-    part.write_text(text, encoding="utf-8")
-    part.replace(out / PAGE)
+    files.replace(out / PAGE, text)
     return [PAGE, *more]

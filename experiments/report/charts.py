@@ -212,7 +212,7 @@ def time_parts(
     # A dot would cover the beginning of the text.
     space = "  " if question.measured else ""
     texts = [space + units.seconds(time) for time in times]
-    _totals(figure, labels, [end / size for end in ends], texts)
+    write_totals(figure, labels, [end / size for end in ends], texts)
     return _bars(figure, len(records), f"{unit}", 1.22 * max(ends) / size)
 
 
@@ -254,7 +254,7 @@ def memory(question: Question, batch_size: int) -> dict[str, Any] | None:
     capacity = max(r.require("available_bytes") for r, _ in rows)
     # A point that needs many times the capacity would hide all the others.
     limit = min(max(*ends, capacity), 2 * capacity)
-    _totals(figure, labels, [min(e, 0.99 * limit) / 1e9 for e in ends], texts)
+    write_totals(figure, labels, [min(e, 0.99 * limit) / 1e9 for e in ends], texts)
     figure.add_vline(x=capacity / 1e9, line=dict(color="#b3333b", width=1.5))
     return _bars(figure, len(rows), "GB", 1.25 * limit / 1e9)
 
@@ -355,12 +355,15 @@ def _mark(figure: go.Figure, axis: str, value: float, text: str) -> None:
     )
 
 
-def _totals(
-    figure: go.Figure, labels: list[str], ends: Sequence[float], texts: Iterable[str]
+def write_totals(
+    figure: go.Figure,
+    labels: Sequence[str],
+    ends: Sequence[float],
+    texts: Iterable[str],
 ) -> None:
     """Writes `texts` just behind the bars that end at `ends`."""
     figure.add_scatter(
-        y=labels,
+        y=list(labels),
         x=list(ends),
         mode="text",
         text=[f" {text}" for text in texts],

@@ -1,10 +1,9 @@
 """A folder of results and the reports in it, all made from `results.jsonl`."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report import store, tables
+from experiments.report import files, store, tables
 from experiments.report.frontier import Objective, Question, questions
 from experiments.report.record import Record
 
@@ -53,11 +52,8 @@ def write(folder: Path, objective: Objective) -> list[Question]:
         "pareto.csv": tables.csv_text(asked, objective),
     }
     for name, text in texts.items():
-        if text is None:
-            continue
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
+        if text is not None:
+            files.replace(folder / name, text)
     return asked
 
 

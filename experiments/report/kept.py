@@ -7,18 +7,23 @@ of the estimate, and no compiler is needed to price it with other rates.
 """
 
 import dataclasses
+import gzip
 import json
 import lzma
-import os
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.report import files
 from experiments.report.record import Point, Record, decode
 from sharding.program import CompiledProgram, Memory
 
 FOLDER = "programs"
+# By the end of a file's name: small, to be committed, or soon done, as in a cache.
+_PACKERS: Mapping[str, Any] = {".xz": lzma, ".gz": gzip}
+_DAMAGE = (lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def path(folder: Path, point: Point | Record, phase: str) -> Path:
@@ -32,7 +37,7 @@ def write(file: Path, compiled: CompiledProgram, made: Mapping[str, Any]) -> Non
     """Writes a program in one step.
 
     Args:
-      file: from `path`.
+      file: from `path`; or one that ends in .gz, which is larger and sooner done.
       compiled: the program.
       made: by which `commit` and `versions`, and whether for `attached` devices.
     """
@@ -43,10 +48,8 @@ def write(file: Path, compiled: CompiledProgram, made: Mapping[str, Any]) -> Non
     }
     figures["memory"] = dataclasses.asdict(compiled.memory)
     head = json.dumps({"made": dict(made), "compiled": figures})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(lzma.compress(f"{head}\n{compiled.text}".encode()))
-    os.replace(part, file)
+    text = f"{head}\n{compiled.text}"
+    files.replace(file, _PACKERS[file.suffix].compress(text.encode()))
 
 
 def read(file: Path) -> tuple[CompiledProgram, dict[str, Any]]:
@@ -56,15 +59,16 @@ def read(file: Path) -> tuple[CompiledProgram, dict[str, Any]]:
       ValueError: the file is damaged.
     """
     try:
-        head, _, text = lzma.decompress(file.read_bytes()).decode().partition("\n")
+        data = _PACKERS[file.suffix].decompress(file.read_bytes())
+        head, _, text = data.decode().partition("\n")
         header = json.loads(head)
         figures, made = header["compiled"], dict(header["made"])
         memory = decode(Memory, figures.pop("memory"), "memory")
         compiled = CompiledProgram(text=text, memory=memory, executable=None, **figures)
-    except (lzma.LZMAError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (*_DAMAGE, EOFError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"cannot read {file}: {type(error).__name__}, {error}. It holds the program"
-            " of a measured point. Restore it, or remove it to have the program"
+            f"cannot read {file}: {type(error).__name__}, {error}. It holds a compiled"
+            " program. Restore it, or remove it to have the program"
             " compiled again by today's code."
         ) from error
     return compiled, made

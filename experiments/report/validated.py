@@ -11,11 +11,11 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.report import files
 from experiments.report.frontier import partition_order
 from experiments.report.record import Record, decode
 from sharding.tensor import MEGATRON
@@ -276,6 +276,4 @@ def write(path: Path, figures: Sequence[Figure], made: Mapping[str, Any]) -> Non
     lines = ",\n".join(json.dumps(dataclasses.asdict(f)) for f in figures)
     head = f'"schema": {SCHEMA}, "made": {json.dumps(made)}'
     text = f'{{{head}, "figures": [\n{lines}\n]}}\n'
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    files.replace(path, text)
