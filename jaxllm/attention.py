@@ -4,8 +4,9 @@ All keep grouped queries grouped: keys and values are never repeated. Scores and
 softmax are float32, whatever the inputs are.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ PromptAttention = Callable[[Array, Array, Array], Array]
 
 # Scores of one block of queries against one block of keys are alive at a time.
 BLOCK = 512
+_CUDNN_VERSION = 91900  # 9.19, of the wheels that jax[cuda13] brings
 _MASKED = -1e30  # Finite: the maximum of a fully masked row must not be -inf.
 
 
@@ -112,15 +114,43 @@ def cudnn_attention(
     """Returns what `causal_attention` does, from one kernel of NVIDIA's cuDNN.
 
     Scores never leave the chip, and blocks above the diagonal are not computed. It
-    needs an attached NVIDIA GPU, 16-bit inputs, and arrays that are whole: under a
-    mesh, every axis of it must be handled by an enclosing `jax.shard_map`.
+    needs an NVIDIA GPU, 16-bit inputs, and arrays that are whole: under a mesh, every
+    axis of it must be handled by an enclosing `jax.shard_map`. Where no GPU is
+    attached it can be compiled for a described one, as a call of a library that is not
+    looked for.
     """
     heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    with jax.named_scope("cudnn_attention"):
+    with jax.named_scope("cudnn_attention"), _cudnn_elsewhere():
         out = jax.nn.dot_product_attention(
             heads, k, v, is_causal=True, implementation="cudnn"
         )
     return out.reshape(q.shape)
+
+
+@contextlib.contextmanager
+def _cudnn_elsewhere() -> Iterator[None]:
+    """Keeps JAX from asking the library and the GPU of this machine, if it has none.
+
+    JAX cannot be told for which device it traces: it reads the version of the loaded
+    library and the compute capability of the first attached GPU, and refuses shapes
+    that they do not take. XLA asks neither before the kernel is to run.
+    """
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as checks
+
+    answers = {
+        "check_cudnn_version": lambda: _CUDNN_VERSION,
+        "check_compute_capability": lambda capability: True,
+        "is_cuda_compute_capability_equal": lambda capability: False,
+    }
+    kept = {name: getattr(checks, name) for name in answers}
+    try:
+        vars(checks).update(answers)
+        yield
+    finally:
+        vars(checks).update(kept)
 
 
 def _pad_to(x: Array, length: int) -> Array:

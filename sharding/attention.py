@@ -42,8 +42,8 @@ class Kernel:
     Attributes:
       function: on arrays; of one device if `is_opaque`.
       is_opaque: the compiler cannot split it.
-      platforms: whose attached devices it runs on; None if it is made of ordinary
-        operations, which every target has.
+      platforms: whose devices it is for; None if it is made of ordinary operations,
+        which every target has.
       dtypes: of activations; None for all.
       max_head_dim: widest head; None for all.
       tile: queries, and keys, whose scores are computed together; None: as
@@ -113,12 +113,11 @@ def refusal(
         )
     if target is None or kernel.platforms is None:
         return None
-    if target.platform not in kernel.platforms or target.compile_only:
-        what = "described" if target.compile_only else "attached"
+    if target.platform not in kernel.platforms:
         return (
-            f"attention {name!r} for target {target.name}, {what} devices of platform"
-            f" {target.platform}: its kernel is compiled on attached devices of"
-            f" {', '.join(kernel.platforms)} alone, by their own libraries. {rest}"
+            f"attention {name!r} for target {target.name}, devices of platform"
+            f" {target.platform}: its kernel is of a library for"
+            f" {', '.join(kernel.platforms)} alone. {rest}"
         )
     return None
 

@@ -96,13 +96,13 @@ def test_ticks_are_unrolled_where_slots_would_be_copied(
         ("cuda", True, "prefill", "bfloat16", "cudnn"),
         ("cuda", True, "prefill", "float32", "blocks"),
         ("cuda", True, "decode", "bfloat16", "blocks"),
-        ("cuda", False, "prefill", "bfloat16", "blocks"),
+        ("cuda", False, "prefill", "bfloat16", "cudnn"),
         ("rocm", True, "prefill", "bfloat16", "blocks"),
         ("cpu", True, "prefill", "bfloat16", "blocks"),
         ("tpu", False, "prefill", "bfloat16", "blocks"),
     ],
 )
-def test_cudnn_is_for_attached_gpus(
+def test_cudnn_is_for_prompts_on_nvidia_gpus(
     platform: str, attached: bool, phase: Phase, dtype: str, attention: str
 ) -> None:
     found = choices.choose(program(phase, dtype=dtype), on(platform, attached))
@@ -124,12 +124,11 @@ def test_cudnn_is_refused_where_it_cannot_work() -> None:
         config=dataclasses.replace(PRESETS["tiny"], head_dim=16),
     )
     asked = dataclasses.replace(asked, attention="cudnn")
-    with pytest.raises(ValueError, match=r"target cpu:8, attached.*Use attention="):
+    with pytest.raises(ValueError, match=r"target cpu:8, .*Use attention="):
         asked.compile(CPU)
-    described = on("cuda", attached=False)
-    reason = refusal("cudnn", asked.config, "bfloat16", described)
-    assert "described devices" in str(reason)
-    assert refusal("cudnn", asked.config, "bfloat16", on("cuda")) is None
+    for attached in (True, False):
+        target = on("cuda", attached)
+        assert refusal("cudnn", asked.config, "bfloat16", target) is None
     wide = dataclasses.replace(asked.config, head_dim=256)
     with pytest.raises(ValueError, match=r"heads 256 wide.*multiples of 8 up to 128"):
         dataclasses.replace(asked, config=wide)
