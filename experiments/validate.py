@@ -8,6 +8,9 @@ writes them again, for the same devices described. No accelerator is needed.
 
     python -m experiments.validate --records=docs/records --out=runs/validation
 
+`--programs` also sets each program that was timed beside the same one compiled with no
+device: FLOPs, bytes, collectives.
+
 `--out` gets `validation.html`. `--write` puts the figures into this repository: error
 bands of reports, docs/validation.md and what a test compares with. `--check` fails
 where the mean error has moved by more than 3 points from them.
@@ -19,8 +22,8 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags
 from rich.console import Console
@@ -29,8 +32,15 @@ from experiments import command
 from experiments.report import provenance, terminal, validated
 from experiments.report.validated import Figure
 from experiments.report.workers import Workers
-from experiments.validation import committed, load, predict, summary, tables
-from experiments.validation.predict import Found, Measured
+from experiments.validation import (
+    committed,
+    described,
+    load,
+    predict,
+    summary,
+    tables,
+)
+from experiments.validation.predict import Measured
 from sharding.target import prepare_environment
 
 _RECORDS = flags.DEFINE_string(
@@ -40,6 +50,9 @@ _OUT = flags.DEFINE_string("out", "runs/validation", "Folder of the page.")
 _JSON = flags.DEFINE_string("json", None, "File for every figure, as JSON.")
 _CHIP = flags.DEFINE_string(
     "chip", None, "Price as this chip: a name, NAME@published or a file."
+)
+_PROGRAMS = flags.DEFINE_boolean(
+    "programs", False, "Also compare programs with those compiled with no device."
 )
 _JOBS = flags.DEFINE_integer(
     "jobs", None, "Compiles at a time; default one a core.", lower_bound=1
@@ -53,32 +66,43 @@ def _refuse(wrong: str) -> NoReturn:
     sys.exit(f"Nothing was validated. {wrong}")
 
 
-def _predict(
-    measured: Sequence[Measured], console: Console
-) -> tuple[list[tuple[Measured, Found]], list[str]]:
-    """Returns what became of each point, and why some have no prediction."""
-    todo = functools.partial(
-        predict.predict,
-        chip=_CHIP.value,
-        both_rates=_WRITE.value,
-    )
+def _each(
+    function: Callable[[Measured], Any], measured: Sequence[Measured], console: Console
+) -> tuple[list[Any], list[str]]:
+    """Returns what `function` finds for each point, in order, and all notes."""
     # JAX starts in the workers only.
     targets = {one.record.target for one in measured} - {"attached"}
     setup = functools.partial(prepare_environment, sorted(targets))
-    found, notes = list[tuple[Measured, Found]](), dict[str, None]()
+    found, notes = dict[int, Any](), dict[str, None]()
     with Workers(_JOBS.value or os.cpu_count() or 1, setup) as workers:
-        for event in workers.run(todo, measured):
+        for event in workers.run(function, measured):
             if event.kind == "started":
                 continue
             console.print(f"  {event.item}", style="dim", highlight=False)
             if event.kind == "broke":
                 notes[f"No prediction of {event.item}: {event.reason}"] = None
                 continue
-            found.append((event.item, event.value))
+            found[id(event.item.record)] = event.value
             notes |= dict.fromkeys(event.value.notes)
-    order = {id(one.record): i for i, one in enumerate(measured)}
-    found.sort(key=lambda pair: order.get(id(pair[0].record), 0))
-    return found, list(notes)
+    order = [id(one.record) for one in measured]
+    return [found[name] for name in order if name in found], list(notes)
+
+
+def _compare(
+    measured: Sequence[Measured], console: Console
+) -> tuple[list[described.Pair], list[str]]:
+    """Returns programs that ran beside those compiled with no device, and notes."""
+    ran = [one for one in measured if one.record.target == "attached"]
+    console.print(f"{len(ran)} points, their programs compiled with no device:")
+    found, notes = _each(described.compare, ran, console)
+    pairs = [pair for one in found for pair in one.pairs]
+    if pairs:
+        console.print()
+        console.rule("[bold]Programs that ran, and compiled with no device[/]")
+        for table in (described.work(pairs), described.collectives(pairs)):
+            console.print(terminal.table(table, group_by=0))
+        console.print(described.headline(pairs), style="bold")
+    return pairs, notes
 
 
 def _show(console: Console, figures: Sequence[Figure], notes: Sequence[str]) -> None:
@@ -94,7 +118,9 @@ def _show(console: Console, figures: Sequence[Figure], notes: Sequence[str]) -> 
         console.print(note, style="dim")
 
 
-def _json(figures: Sequence[Figure], notes: Sequence[str]) -> str:
+def _json(
+    figures: Sequence[Figure], pairs: Sequence[described.Pair], notes: Sequence[str]
+) -> str:
     """Returns everything that was found, one object."""
     found = [
         {**dataclasses.asdict(f), "difference_percent": 100 * f.difference}
@@ -115,6 +141,7 @@ def _json(figures: Sequence[Figure], notes: Sequence[str]) -> str:
             figures=found,
             errors=groups,
             orders=orders,
+            programs=[dataclasses.asdict(pair) for pair in pairs],
             notes=list(notes),
             provenance=made,
         ),
@@ -158,22 +185,29 @@ def main(argv: Sequence[str]) -> None:
         _refuse(str(error))
     console.print(f"{len(measured)} measured points, predicted again:")
     try:
-        found, more = _predict(measured, console)
+        todo = functools.partial(
+            predict.predict, chip=_CHIP.value, both_rates=_WRITE.value
+        )
+        found, more = _each(todo, measured, console)
+        figures = [f for one in found for f in one.figures]
+        _show(console, figures, [*notes, *more])
+        pairs = list[described.Pair]()
+        if _PROGRAMS.value or _WRITE.value:
+            pairs, others = _compare(measured, console)
+            more += [note for note in others if note not in more]
     except KeyboardInterrupt:
         sys.exit("\nStopped; nothing was written.")
     notes += more
-    figures = [f for _, one in found for f in one.figures]
-    _show(console, figures, notes)
     if not figures:
         sys.exit("No point could be predicted.")
     written = [path for path in [_page(out, figures, notes)] if path]
     if _JSON.value:
         written.append(pathlib.Path(_JSON.value))
-        written[-1].write_text(_json(figures, notes) + "\n", encoding="utf-8")
+        written[-1].write_text(_json(figures, pairs, notes) + "\n", encoding="utf-8")
     if _WRITE.value:
         if len(found) < len(measured):
             sys.exit("Nothing was committed, for some points have no prediction.")
-        written += committed.write(figures)
+        written += committed.write(figures, pairs)
     for path in written:
         console.print(f"  {path}", style="dim", highlight=False, soft_wrap=True)
     if _CHECK.value:

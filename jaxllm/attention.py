@@ -147,10 +147,12 @@ def _cudnn_elsewhere() -> Iterator[None]:
     }
     kept = {name: getattr(checks, name) for name in answers}
     try:
-        vars(checks).update(answers)
+        for name, answer in answers.items():
+            setattr(checks, name, answer)
         yield
     finally:
-        vars(checks).update(kept)
+        for name, own in kept.items():
+            setattr(checks, name, own)
 
 
 def _pad_to(x: Array, length: int) -> Array:

@@ -158,10 +158,15 @@ def choose(
     program = dataclasses.replace(
         program, layers=chosen, ticks=ticks, attention=attention
     )
-    return _change(program, changes or {})
+    return change(program, changes or {})
 
 
-def _change(program: Program, changes: Mapping[str, str]) -> Program:
+def change(program: Program, changes: Mapping[str, str]) -> Program:
+    """Returns `program` with the `changes` that concern its phase; see `read_changes`.
+
+    Raises:
+      ValueError: a change does not suit the program.
+    """
     fields: dict[str, Any] = {
         name: value
         for name, value in changes.items()

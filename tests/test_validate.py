@@ -21,7 +21,14 @@ from experiments.report.frontier import Objective, questions
 from experiments.report.measurement import Measurement
 from experiments.report.record import Record
 from experiments.report.validated import Figure
-from experiments.validation import committed, load, page, predict, summary
+from experiments.validation import (
+    committed,
+    described,
+    load,
+    page,
+    predict,
+    summary,
+)
 from experiments.validation import tables as found_tables
 from experiments.validation.predict import Measured
 from tests import fakes
@@ -82,7 +89,21 @@ class TestCommitted:
 
     def test_stands_in_the_docs(self) -> None:
         text = committed.PAGE.read_text()
-        assert committed.with_figures(text, COMMITTED) == text
+        found = found_tables.as_markdown(COMMITTED)
+        assert committed.replaced(text, "figures", found) == text
+
+    def test_programs_need_no_device(self) -> None:
+        """Collectives and FLOPs are those of the programs that ran, to the last."""
+        least = min(self.measured, key=lambda one: one.record.batch_size)
+        found = described.compare(least)
+        assert len(found.pairs) == 2
+        for pair in found.pairs:
+            assert pair.same_collectives
+            assert pair.described.flops == pair.ran.flops
+        text = committed.PAGE.read_text()
+        assert described.sent(found.pairs[0].ran) or least.record.num_devices == 1
+        for row in described.work(found.pairs)[1]:
+            assert " | ".join(row) in text
 
 
 class TestErrors:
@@ -358,7 +379,7 @@ def tiny() -> Record:
 def _keep(one: Measured) -> None:
     """Keeps the programs of a record beside it, as they are when they are timed."""
     compiler = predict.AsMeasured(one, "cpu")
-    point = predict._point(one.record, compiler.name)
+    point = predict.point_of(one.record, compiler.name)
     target = compiler.target(point)
     for phase, program in evaluate.programs(point, target, compiler).items():
         compiled = compiler.compile(program, target)

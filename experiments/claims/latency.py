@@ -370,15 +370,13 @@ def c8(rows: Rows) -> Finding:
     return verdict(
         cells,
         on="chip",
-        why="Twice the rate can save at most half of the all-reduces' share. Without a"
-        " GPU attention passes its scores through memory, which a fused kernel does"
-        " not: the last figure is the most that such a kernel could make of it."
-        f" {_ideal_links()}",
+        why="Twice the rate can save at most half of the all-reduces' share; the last"
+        f" figure is what that would be if nothing waited for memory. {_ideal_links()}",
     )
 
 
 def _without_memory(row: Row) -> float:
-    """Returns TTFT if no instruction waited for memory: a fused kernel's least."""
+    """Returns TTFT if no instruction waited for memory."""
     return row.require("ttft_s") - (row.ttft_parts_s or {}).get("hbm", 0.0)
 
 

@@ -24,12 +24,6 @@ NOTES = (
     " run in bfloat16. A batch is of one replica; devices left over run more replicas.",
     "† the point does not fit the node: its time is what the program would take with"
     " enough memory.",
-    "Prompts are attended to in blocks of 512 whose scores pass through memory: a fused"
-    " kernel does not compile without a GPU. Of 9,000 tokens that is a large part of"
-    " TTFT, under every partition.",
-    "Prefill with 4-bit weights holds a second copy of them, which the compiler takes"
-    " out of the loop over micro-batches: points of 405B need that much more memory"
-    " than the closed forms say.",
     "Decode with 4-bit weights scales the activations anew for every 128 outputs: with"
     " 32 sequences a group that is two thirds of the bytes that pp8 of 405B moves, and"
     " little under tp8, where a device has an eighth of the outputs. TPOT of pipelines"

@@ -9,37 +9,44 @@ from pathlib import Path
 
 from experiments.report import provenance, validated
 from experiments.report.validated import Figure
-from experiments.validation import tables
+from experiments.validation import described, tables
+from experiments.validation.described import Pair
 
 RECORDS = provenance.ROOT / "docs" / "records"
 PAGE = provenance.ROOT / "docs" / "validation.md"
-_BEGIN, _END = (
-    "<!-- figures: python -m experiments.validate --write -->",
-    "<!-- end -->",
-)
+_BEGIN = "<!-- {}: python -m experiments.validate --write -->"
+_END = "<!-- end -->"
 
 
-def write(figures: Sequence[Figure]) -> list[Path]:
-    """Writes the figures of every committed record; returns where to."""
+def write(figures: Sequence[Figure], pairs: Sequence[Pair]) -> list[Path]:
+    """Writes what was found of every committed record; returns where to.
+
+    Args:
+      figures: times.
+      pairs: programs.
+    """
     made = provenance.collect()
     versions = {"python": made.python, **made.versions, "time": made.time}
     validated.write(validated.PATH, figures, versions)
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_figures(text, figures), encoding="utf-8")
+    text = replaced(text, "figures", tables.as_markdown(figures))
+    text = replaced(text, "programs", described.as_markdown(pairs))
+    PAGE.write_text(text, encoding="utf-8")
     return [validated.PATH, PAGE]
 
 
-def with_figures(page: str, figures: Sequence[Figure]) -> str:
-    """Returns a page of docs with these figures between its two marks.
+def replaced(page: str, name: str, found: str) -> str:
+    """Returns a page of docs with `found` between the two marks of `name`.
 
     Raises:
       ValueError: it has no such marks.
     """
-    before, begin, rest = page.partition(_BEGIN)
+    mark = _BEGIN.format(name)
+    before, begin, rest = page.partition(mark)
     _, end, after = rest.partition(_END)
     if not begin or not end:
         raise ValueError(
-            f"cannot write figures into {PAGE.name}: it lacks {_BEGIN!r} or {_END!r}."
+            f"cannot write {name} into {PAGE.name}: it lacks {mark!r} or {_END!r}."
             " They say what is replaced. Put both on lines of their own."
         )
-    return f"{before}{begin}\n\n{tables.as_markdown(figures)}\n\n{end}{after}"
+    return f"{before}{begin}\n\n{found}\n\n{end}{after}"

@@ -14,7 +14,7 @@ from experiments import evaluate
 from experiments.report import kept, validated
 from experiments.report.record import PhaseRecord, Point, Record
 from experiments.report.validated import Figure
-from sharding import attention, chips
+from sharding import attention, chips, choices
 from sharding.chips import Chip
 from sharding.program import CompiledProgram, Phase, Program
 from sharding.target import GPUS, Target, parse_target
@@ -73,7 +73,7 @@ def predict(
     for metric, phase in _PHASES.items():
         for name in priced:
             compiler = AsMeasured(measured, name)
-            point = _point(record, compiler.name)
+            point = point_of(record, compiler.name)
             try:
                 answer = evaluate.evaluate_phase(point, phase, compiler)
             except NotAgain as error:
@@ -95,6 +95,11 @@ class NotAgain(Exception):
 class AsMeasured(evaluate.Compiler):
     """Makes the programs of a measured record, or finds them beside it.
 
+    Args:
+      measured: the record.
+      chip: that prices them.
+      without_devices: leave aside what was compiled where it ran.
+
     Attributes:
       name: of the described target.
       notes: how they were come by, where that matters.
@@ -103,11 +108,12 @@ class AsMeasured(evaluate.Compiler):
       ValueError: there is no description of its devices.
     """
 
-    def __init__(self, measured: Measured, chip: str):
+    def __init__(self, measured: Measured, chip: str, *, without_devices: bool = False):
         self.name = described(measured.record)
         self.notes: list[str] = []
         self._measured = measured
         self._chip = chip
+        self._without_devices = without_devices
 
     def target(self, point: Point) -> Target:
         return parse_target(self.name, self._chip).first(point.num_devices)
@@ -125,21 +131,24 @@ class AsMeasured(evaluate.Compiler):
         cut = self._measured.record.micro_batches
         if program.phase == "prefill" and program.prefill_micro_batches != cut:
             how["micro_batches"] = cut
-        return dataclasses.replace(program, **how)
+        asked = validated.choices_of(self._measured.record)
+        changes = choices.read_changes(asked.split(",") if asked else ())
+        return choices.change(dataclasses.replace(program, **how), changes)
 
     def compile(self, program: Program, target: Target) -> CompiledProgram:
         """Returns the program that was timed, or else one that is written like it."""
         one, phase = self._measured, program.phase
         file = kept.path(one.folder, one.record, phase)
-        if file.exists():
-            compiled, made = kept.read(file)
-            if not made.get("attached"):
+        compiled, made = kept.read(file) if file.exists() else (None, {})
+        attached = bool(made.get("attached"))
+        if compiled is not None and not (attached and self._without_devices):
+            if not attached:
                 self.notes.append(
                     f"Programs of {one.folder.name} were compiled after it, from the"
                     " same commit and versions, for described devices."
                 )
             return compiled
-        if getattr(one.record, phase) is None or validated.choices_of(one.record):
+        if getattr(one.record, phase) is None:
             raise NotAgain(
                 f"No {phase} of {one}: its record does not say how it was written, and"
                 f" it is not kept in {file.parent}."
@@ -206,7 +215,7 @@ def figure(measured: Measured, metric: str, chip: Chip, predicted_s: float) -> F
     )
 
 
-def _point(record: Record, target: str) -> Point:
+def point_of(record: Record, target: str) -> Point:
     """Returns the question that `record` answers, asked of a described target."""
     asked = {
         field.name: getattr(record, field.name) for field in dataclasses.fields(Point)
