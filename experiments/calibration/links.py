@@ -153,8 +153,9 @@ def _matmul(point: Point, platform: str) -> Chain:
 
     weights: Any = Array((k, n), stored)
     if stored != dtype:
-        form = functools.partial(quantize, form=point.at["weights"])
-        weights = jax.eval_shape(form, Array((k, n), dtype))
+        form: Any = point.at["weights"]
+        store = functools.partial(quantize, form=form)
+        weights = jax.eval_shape(store, Array((k, n), dtype))
     weight_bytes = k * n * BYTES[str(point.at["weights"])]
     return Chain(
         state=Array((m, k), dtype),
