@@ -79,6 +79,16 @@ def _is_named(x: Any) -> bool:
     return isinstance(x, Named)
 
 
+@functools.cache
+def _param_shapes(
+    config: ModelConfig, dtype: str, weights: WeightFormat | None
+) -> Params:
+    """Returns the shapes of parameters as stored, `blocks` being one block's."""
+    shapes = jax.eval_shape(lambda: init_params(config, dtype))
+    narrow = functools.partial(quantize_block, config=config, weights=weights)
+    return Params(ends=shapes.ends, blocks=jax.eval_shape(narrow, shapes.blocks[0]))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """Parameters and state of `config` under `partition`.
@@ -160,12 +170,8 @@ class Layout:
 
     def named_params(self) -> Params:
         """Returns `Named` for every parameter."""
-        shapes = jax.eval_shape(lambda: init_params(self.model, self.dtype))
+        shapes = _param_shapes(self.model, self.dtype, self.weights)
         axes = param_axes(self.model, self.weights)
-        narrow = functools.partial(
-            quantize_block, config=self.model, weights=self.weights
-        )
-        stored = jax.eval_shape(narrow, shapes.blocks[0])
         lead_shape, lead_names = self._leading()
 
         def name(lead: bool, leaf: jax.ShapeDtypeStruct, names: Names) -> Named:
@@ -174,7 +180,7 @@ class Layout:
             return Named(lead_shape + leaf.shape, leaf.dtype, lead_names + names)
 
         ends = jax.tree.map(functools.partial(name, False), shapes.ends, axes.ends)
-        block = jax.tree.map(functools.partial(name, True), stored, axes.blocks)
+        block = jax.tree.map(functools.partial(name, True), shapes.blocks, axes.blocks)
         if self.layers == "scanned":
             return Params(ends=ends, blocks=block)
         return Params(ends=ends, blocks=(block,) * self.layers_per_stage)

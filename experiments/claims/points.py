@@ -22,7 +22,7 @@ from experiments.claims.printed import (
     SHORT_405B,
     Case,
 )
-from experiments.claims.programs import Kept
+from experiments.claims.programs import Roomy
 from experiments.claims.rows import ANY_MEMORY, LINKS, MEMORY
 from experiments.evaluate import Ask, evaluate, plan
 from experiments.report.record import Point, Record
@@ -209,13 +209,7 @@ def _point(
     return point
 
 
-_kept: dict[Path, Kept] = {}
-
-
 def answer(job: Job) -> list[Record]:
-    """Returns the records of every point of `job`.
-
-    Compiled programs stay in this process and in the job's folder.
-    """
-    compiler = _kept.setdefault(job.folder, Kept(job.folder))
+    """Returns the records of every point of `job`."""
+    compiler = Roomy(job.folder)
     return [evaluate(point, compiler) for point in job.points]

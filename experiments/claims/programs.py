@@ -1,23 +1,19 @@
-"""Programs compiled once, kept on disk, and priced as many chips.
+"""Programs compiled once, and priced as many chips.
 
 What a compiler makes for a described GPU does not depend on a chip's rates, so one
 program answers for every chip, for links of other speeds, and for a chip with more
-memory. Programs are kept by a digest of what is given to the compiler: a change of the
-code that does not reach the program costs no compilation, and new rates cost none.
+memory; `experiments.shelf` keeps what it does.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
 from experiments.claims.rows import ANY_MEMORY, LINKS, MEMORY
-from experiments.evaluate import Compiler
-from experiments.report import kept, provenance
-from experiments.report.record import Point, digest
+from experiments.report.record import Point
+from experiments.shelf import Shelf
 from sharding import choices
 from sharding.chips import Chip, find_chip
-from sharding.mesh import make_mesh
 from sharding.program import CompiledProgram, Program
 from sharding.target import Target, parse_target
 
@@ -39,12 +35,8 @@ def priced_as(chip: Chip, point: Point) -> Chip:
     return chip
 
 
-class Kept(Compiler):
-    """Compiles what the folder `path` lacks, and keeps it there."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._last: dict[str, CompiledProgram] = {}
+class Roomy(Shelf):
+    """Compiles for GPUs with more memory than any program needs."""
 
     def target(self, point: Point) -> Target:
         own = find_chip(point.target.partition(":")[0])
@@ -64,26 +56,6 @@ class Kept(Compiler):
         return program
 
     def compile(self, program: Program, target: Target) -> CompiledProgram:
-        name = digest(f"{target.name} {program!r}")
-        if name not in self._last:
-            if len(self._last) > 3:  # two phases at two depths
-                self._last.clear()
-            self._last[name] = self._kept(program, target)
-        return self._last[name]
-
-    def _kept(self, program: Program, target: Target) -> CompiledProgram:
-        mesh = make_mesh(target.mesh_devices(program.partition.shape))
-        lowered = program.lower(mesh).as_text()
-        given = (
-            lowered, target.name, sorted(target.compiler_options.items()),
-            sorted(provenance.versions_for(target.platform).items()),
-            sorted(provenance.compiler_flags().items()),
-            dataclasses.astuple(program.workload),
-        )  # fmt: skip
-        path = self._path / f"{digest(repr(given))}.hlo.gz"
-        if path.exists():
-            return kept.read(path)[0]
-        compiled = dataclasses.replace(program.compile(target), executable=None)
-        kept.write(path, compiled, {"attached": False})
+        compiled = super().compile(program, target)
         jax.clear_caches()  # else a long sweep keeps every trace
         return compiled
