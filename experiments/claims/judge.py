@@ -123,8 +123,10 @@ def verdict(
             because += f" The order is the paper's in {some} of them, the size is not."
     else:
         word = DEPENDS
-        names = ", ".join(dict.fromkeys(f"{c.chip} ({c.subject})" for c in yes))
-        because = f"Depends on {on}: it holds on {names}, of {len(known)} cases."
+        because = (
+            f"Depends on {on}: it holds in {len(yes)} of {len(known)} cases,"
+            f" {_where(known)}."
+        )
     assumed = sum(cell.assumes_memory for cell in known)
     if assumed:
         because += (
@@ -136,6 +138,28 @@ def verdict(
         because=f"{because} {why}".strip(),
         cells=both[0],
         measured=both[1],
+    )
+
+
+def _where(cells: Sequence[Cell]) -> str:
+    """Returns how many cells hold, told apart by what tells them apart best.
+
+    That is the chip or a part of the subject, as the batch: whichever leaves the
+    fewest cells among others that went the other way.
+    """
+    told = [(cell.chip, *cell.subject.split(", ")) for cell in cells]
+    sortings = []
+    for i in range(min(map(len, told))):
+        groups: dict[str, list[bool]] = {}
+        for parts, cell in zip(told, cells, strict=True):
+            groups.setdefault(parts[i], []).append(bool(cell.holds))
+        astray = sum(min(sum(g), len(g) - sum(g)) for g in groups.values())
+        sortings.append((astray, i, groups))
+    *_, groups = min(sortings)
+    return "; ".join(
+        f"{name}: {sum(group)} of {len(group)}"
+        for name, group in groups.items()
+        if any(group)
     )
 
 
