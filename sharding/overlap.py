@@ -35,7 +35,6 @@ def refusal(name: Overlap, partition: Partition, rows: int) -> str | None:
       partition: how the model is split.
       rows: sequences that a replica reads at once.
     """
-    rest = "Use overlap='none', which has no such limit."
     if name not in get_args(Overlap):
         known = ", ".join(get_args(Overlap))
         return f"no overlap {name!r}; there are {known}. Choose one."
@@ -44,12 +43,13 @@ def refusal(name: Overlap, partition: Partition, rows: int) -> str | None:
             f"overlap {name!r} with rules {partition.rules.name!r} of"
             f" {partition.name}: there is no sum over `tensor` to hide. Blocks must end"
             " in one, of a whole residual stream. Use a tensor degree above 1 and the"
-            f" rules 'megatron'. {rest}"
+            " rules 'megatron', or overlap='none'."
         )
     if rows % 2:
         return (
             f"overlap {name!r} of {rows} sequences at once: they are run in two equal"
-            f" halves. Choose a batch, or micro-batches, of an even number. {rest}"
+            " halves. Choose a batch, or micro-batches, of an even number, or"
+            " overlap='none'."
         )
     return None
 

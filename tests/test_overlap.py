@@ -16,6 +16,7 @@ from jaxllm.config import PRESETS, TINY
 from jaxllm.layers import group_size
 from jaxllm.model import Layers
 from jaxllm.quantized import WeightFormat, product, quantize
+from sharding import choices
 from sharding.hlo import Ledger, read_ledger
 from sharding.hlo.records import Block, Step, Steps, Wait
 from sharding.mesh import make_mesh
@@ -146,6 +147,16 @@ def test_what_is_computed_and_sent_is_the_same() -> None:
         {size // 2: 4 * LAYERS}
     )
     assert both[0].flops == pytest.approx(both[1].flops, rel=1e-3)
+
+
+def test_halves_are_had_where_they_are_asked_for() -> None:
+    prefill = _prefill(overlap="none")
+    both = prefill, dataclasses.replace(prefill, phase="decode")
+    target = parse_target("h100:2")
+    for texts, overlap in ((["overlap=rows"], "rows"), ([], "none")):
+        changes = choices.read_changes(texts)
+        found = choices.choose_both(*both, target, changes=changes)
+        assert [program.overlap for program in found] == [overlap, "none"]
 
 
 def test_what_does_not_suit_is_refused() -> None:
