@@ -18,7 +18,12 @@ from sharding.run import answers
 from sharding.target import Target
 
 # The plainest way: ordinary operations alone.
-PLAIN = {"attention": "blocks", "token_attention": "einsum", "residual": "plain"}
+PLAIN = {
+    "attention": "blocks",
+    "token_attention": "einsum",
+    "residual": "plain",
+    "overlap": "none",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

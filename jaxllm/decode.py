@@ -21,7 +21,7 @@ from jaxllm.attention import (
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere
-from jaxllm.model import Attend, Params, Steps, Tree, bind_ends, run_blocks
+from jaxllm.model import Attend, Params, Steps, Tree, Turn, bind_ends, run_blocks
 
 # Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
 Lookup = Callable[[Array, Array], Array]
@@ -56,31 +56,10 @@ def prompt_attend(
       place: pins activations.
       attention: of the prompt over itself.
     """
-    fresh = fresh_attend(place, attention)
-
-    def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
-        out, new = fresh(q, k, v, cache)
-        return out, cache.write(new.kv, 0, place)
-
-    return attend
-
-
-def fresh_attend(
-    place: Place = anywhere, attention: PromptAttention = causal_attention
-) -> Attend:
-    """Returns attention of a whole prompt, whose own keys and values it returns.
-
-    Nothing is written: the cache it gets only says how many heads are kept and how
-    they are stored. For callers that write to several places.
-
-    Args:
-      place: pins activations.
-      attention: of the prompt over itself.
-    """
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
         kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
-        return attention(q, k, v), CacheLayer(kv=cache.stored(kept))
+        return attention(q, k, v), cache.write(kept, 0, place)
 
     return attend
 
@@ -238,6 +217,7 @@ def prefill(
     lookup: Lookup = whole_table,
     attention: PromptAttention = causal_attention,
     row: Int[Array, ""] | int = 0,
+    turn: Turn | None = None,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Reads prompts into the cache; returns it with the logits of the next token.
 
@@ -251,6 +231,7 @@ def prefill(
       lookup: how tokens are embedded.
       attention: of the prompt over itself.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
+      turn: runs two halves of the sequences in turns; see `run_blocks`.
     """
     ends = bind_ends(config, params.ends)
     x = place(lookup(ends.embedding[...], tokens), ("batch", "residual_seq", "embed"))
@@ -264,6 +245,7 @@ def prefill(
         prompt_attend(place, attention),
         place,
         cache_at=CacheLayer(kv=KV(x, x), row=row),
+        turn=turn,
     )
     last = place(last_position(x, lengths), ("batch", "embed"))
     return cache, ends.logits(last, place)

@@ -7,6 +7,7 @@ is its own piece of program) or as one tree with a leading layer dimension
 second; both give the same answer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,11 @@ Part = int | Literal["ends"]  # A decoder block, or what stands around all of th
 
 # Attention of new queries, keys and values with a layer's cache, which it updates.
 Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]
+
+# Sums over devices the product of an activation, whose last dimension has the given
+# name, with a weight. Returns the sum, and another array as it is once the product is
+# there: what is computed from that one runs while devices still sum.
+Turn = Callable[[Array, str, Any, Array], tuple[Array, Array]]
 
 
 class Steps(NamedTuple):
@@ -80,11 +86,8 @@ class Block(nnx.Module):
         """
         with jax.named_scope("attention"):
             inner = self.attention_norm(x) if normed is None else normed
-            inner = place(inner, ("batch", "seq", "embed"))
             multiply = steps.project if steps else product
-            q, k, v = self.attention.project_in(inner, angles, place, multiply)
-            heads, cache = attend(q, k, v, cache)
-            flat = self.attention.flatten(heads, place)
+            flat, cache = self._heads(inner, angles, cache, attend, place, multiply)
             weight = self.attention.w_out.get_value()
             if steps is None:
                 out = product(flat, weight)
@@ -95,8 +98,7 @@ class Block(nnx.Module):
                     x, flat, "heads", weight, self.mlp_norm.scale[...]
                 )
         with jax.named_scope("mlp"):
-            inner = place(inner, ("batch", "seq", "embed"))
-            hidden = self.mlp.hidden(inner, place)
+            hidden = self._hidden(inner, place)
             weight = self.mlp.w_down.get_value()
             if steps is None:
                 out = product(hidden, weight)
@@ -105,6 +107,72 @@ class Block(nnx.Module):
             else:
                 x, normed = steps.join(x, hidden, "mlp", weight, then)
         return x, cache, normed
+
+    def in_turns(
+        self,
+        halves: tuple[Float[Array, "B T D"], ...],
+        angles: Float[Array, "2*B T P"],
+        cache: CacheLayer,
+        attend: Attend,
+        place: Place,
+        turn: Turn,
+    ) -> tuple[tuple[Float[Array, "B T D"], ...], CacheLayer]:
+        """Returns two halves of the rows, and the cache: each is computed in its turn.
+
+            a's attention, b's attention, a's feed-forward, b's feed-forward
+
+        What a turn ends in is summed while the next turn, of the other half, runs, and
+        is needed one turn later.
+
+        Args:
+          halves: the residual stream of one half of the rows, and of the other.
+          angles: rotary angles of all positions.
+          cache: of this layer; the second half is written behind the first.
+          attend: what attention does.
+          place: pins activations.
+          turn: ends a turn.
+        """
+        a, b = halves
+        rows = a.shape[0]
+        with jax.named_scope("attention"):
+            weight = self.attention.w_out.get_value()
+            normed = self.attention_norm(a)
+            flat, cache = self._heads(normed, angles[:rows], cache, attend, place)
+            sum_a, b = turn(flat, "heads", weight, b)
+            normed = self.attention_norm(b)
+            cache = dataclasses.replace(cache, row=cache.row + rows)
+            flat, cache = self._heads(normed, angles[rows:], cache, attend, place)
+            sum_b, sum_a = turn(flat, "heads", weight, sum_a)
+        with jax.named_scope("mlp"):
+            weight = self.mlp.w_down.get_value()
+            a = a + sum_a
+            hidden = self._hidden(self.mlp_norm(a), place)
+            sum_a, sum_b = turn(hidden, "mlp", weight, sum_b)
+            b = b + sum_b
+            hidden = self._hidden(self.mlp_norm(b), place)
+            sum_b, sum_a = turn(hidden, "mlp", weight, sum_a)
+        return (a + sum_a, b + sum_b), cache
+
+    def _heads(
+        self,
+        normed: Float[Array, "B T D"],
+        angles: Float[Array, "B T P"],
+        cache: CacheLayer,
+        attend: Attend,
+        place: Place,
+        multiply: Callable[[Array, Any], Array] = product,
+    ) -> tuple[Float[Array, "B T N"], CacheLayer]:
+        """Returns what attention's last weight is multiplied with, and the cache."""
+        normed = place(normed, ("batch", "seq", "embed"))
+        q, k, v = self.attention.project_in(normed, angles, place, multiply)
+        heads, cache = attend(q, k, v, cache)
+        return self.attention.flatten(heads, place), cache
+
+    def _hidden(
+        self, normed: Float[Array, "B T D"], place: Place
+    ) -> Float[Array, "B T F"]:
+        """Returns what the feed-forward layer's last weight is multiplied with."""
+        return self.mlp.hidden(place(normed, ("batch", "seq", "embed")), place)
 
 
 class Ends(nnx.Module):
@@ -300,6 +368,7 @@ def run_blocks(
     *,
     cache_at: CacheLayer | None = None,
     steps: Steps | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs `x` through the blocks.
 
@@ -314,6 +383,8 @@ def run_blocks(
       place: pins activations.
       cache_at: where in each cache to read and write (`kv` is ignored).
       steps: parts of each block as kernels; None: ordinary operations.
+      turn: runs two halves of the rows in turns, see `Block.in_turns`; None: all rows
+        at once.
 
     Returns:
       The residual stream and the updated caches.
@@ -321,31 +392,48 @@ def run_blocks(
     at = cache_at or CacheLayer(kv=KV(x, x))
 
     def run(
-        x: Array, tree: Tree, kv: KV, index: tuple[Any, ...], **norms: Any
-    ) -> tuple[Array, KV, Array | None]:
+        x: Any, tree: Tree, kv: KV, index: tuple[Any, ...], **norms: Any
+    ) -> tuple[Any, KV, Array | None]:
         layer = CacheLayer(kv=kv, index=index, row=at.row, keep=at.keep)
         block = bind_block(config, tree)
+        if turn is not None:
+            x, layer = block.in_turns(x, angles, layer, attend, place, turn)
+            return x, layer.kv, None
         x, layer, normed = block(x, angles, layer, attend, place, steps, **norms)
         return x, layer.kv, normed
 
+    stream: Any = x if turn is None else tuple(jnp.split(x, 2))
+    stream, caches = _run_layers(run, blocks, caches, stream, at.index, bool(steps))
+    return stream if turn is None else jnp.concatenate(stream), caches
+
+
+def _run_layers(
+    run: Callable[..., tuple[Any, KV, Any]],
+    blocks: Tree,
+    caches: Any,
+    x: Any,
+    index: tuple[Any, ...],
+    with_norms: bool,
+) -> tuple[Any, Any]:
+    """Returns `x` and the caches after all layers; `run` runs one."""
     if isinstance(blocks, tuple):
         # Traced once for all layers; the compiler puts it in place of every call.
         @jax.jit
-        def block(x: Array, tree: Tree, kv: KV, normed: Any, then: Any):
-            return run(x, tree, kv, at.index, normed=normed, then=then)
+        def block(x: Any, tree: Tree, kv: KV, normed: Any, then: Any):
+            return run(x, tree, kv, index, normed=normed, then=then)
 
         done, normed = [], None
         for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
-            following = blocks[i + 1] if steps and i + 1 < len(blocks) else None
+            following = blocks[i + 1] if with_norms and i + 1 < len(blocks) else None
             then = following and following["attention_norm"]["scale"]
             with jax.named_scope(f"layer_{i}"):
                 x, kv, normed = block(x, tree, kv, normed, then)
             done.append(kv)
         return x, tuple(done)
 
-    def body(carry: tuple[Array, KV], step: tuple[Array, Tree]):
+    def body(carry: tuple[Any, KV], step: tuple[Array, Tree]):
         i, tree = step
-        return run(carry[0], tree, carry[1], (*at.index, i))[:2], None
+        return run(carry[0], tree, carry[1], (*index, i))[:2], None
 
     count = jax.tree.leaves(blocks)[0].shape[0]
     with jax.named_scope("layers"):

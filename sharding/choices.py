@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from jaxllm.model import Layers
 from sharding.attention import Attention, Token, refusal
 from sharding.layout import Ticks
+from sharding.overlap import Overlap
 from sharding.program import Program
 from sharding.residual import Residual
 from sharding.target import Target
@@ -95,6 +96,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (get_args(Attention), ("prefill",)),
     "token_attention": (get_args(Token), ("decode",)),
     "residual": (get_args(Residual), ("decode",)),
+    "overlap": (get_args(Overlap), ("prefill",)),
     "ticks": (get_args(Ticks), ("prefill", "decode")),
 }
 

@@ -120,6 +120,20 @@ class Partition:
         axes = self.axes
         return math.prod(axes[a] for a in self.rules.axes_of(dimension, phase))
 
+    def sums_stream(self, phase: str) -> bool:
+        """Whether blocks end in sums over `tensor`, or one device, of a whole stream.
+
+        So it is where heads and hidden width are split over that axis alone, and
+        neither positions nor the width of the residual stream are.
+        """
+
+        def split(dimension: str) -> list[str]:
+            return [a for a in self.rules.axes_of(dimension, phase) if self.axes[a] > 1]
+
+        parts = ["tensor"] if self.tensor > 1 else []
+        whole = not split("embed") and not split("residual_seq")
+        return whole and split("heads") == split("mlp") == parts
+
     def kv_repeat(self, config: ModelConfig) -> int:
         """Returns on how many tensor devices each key/value head is computed."""
         return max(1, self.ways("heads") // config.num_kv_heads)

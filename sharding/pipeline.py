@@ -37,13 +37,12 @@ from jaxllm.config import ModelConfig
 from jaxllm.decode import (
     Lookup,
     TokenAttention,
-    fresh_attend,
     last_position,
     prompt_attend,
     token_attend,
 )
 from jaxllm.layers import Place, angles_at
-from jaxllm.model import Params, Steps, Tree, bind_ends, run_blocks
+from jaxllm.model import Params, Steps, Tree, Turn, bind_ends, run_blocks
 from sharding.layout import State, Ticks
 
 _AXIS = "stage"
@@ -63,6 +62,7 @@ class Pipeline:
       attention: of a prompt over itself.
       token_attention: of one token over the cache; see `token_attend`.
       steps: parts of each block of a decoded token as kernels; see `jaxllm.model`.
+      turn: runs halves of a micro-batch in turns; see `jaxllm.model.run_blocks`.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -81,6 +81,7 @@ class Pipeline:
     attention: PromptAttention
     token_attention: TokenAttention | None
     steps: Steps | None
+    turn: Turn | None
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -150,13 +151,15 @@ class Pipeline:
 
         Its keys and values are written from sequence `row` on, unless `keep`.
         """
-        run = functools.partial(run_blocks, self.config, blocks)
+        attend = prompt_attend(self.place, self.attention)
+        run = functools.partial(run_blocks, self.config, blocks, turn=self.turn)
         if self.ticks == "scanned":
-            attend = prompt_attend(self.place, self.attention)
             at = CacheLayer(kv=KV(x, x), index=(t % self.groups,), row=row, keep=keep)
             return run(cache, x, angles, attend, self.place, cache_at=at)
-        attend = fresh_attend(self.place, self.attention)
-        x, fresh = run([slots[0] for slots in cache], x, angles, attend, self.place)
+        empty = [
+            jax.tree.map(lambda a: _empty(a, *x.shape[:2]), slots[0]) for slots in cache
+        ]
+        x, fresh = run(empty, x, angles, attend, self.place)
 
         def write(slot: int, kv: KV, new: KV) -> KV:
             old = keep | (t % self.groups != slot)
@@ -351,6 +354,12 @@ class Pipeline:
 
 def _clip(item: jax.Array, count: int) -> jax.Array:
     return jnp.clip(item, 0, count - 1)
+
+
+def _empty(cached: jax.Array, rows: int, positions: int) -> jax.Array:
+    """Returns zeros as `cached`, [B, K, S, ...], of fewer rows and positions."""
+    heads, rest = cached.shape[1], cached.shape[3:]
+    return jnp.zeros((rows, heads, positions, *rest), cached.dtype)
 
 
 def _dtype(params: Params) -> Any:

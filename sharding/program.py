@@ -29,10 +29,10 @@ from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
-from jaxllm.model import Layers, Params, Steps
+from jaxllm.model import Layers, Params, Steps, Turn
 from jaxllm.norm_kernel import Mailbox
 from jaxllm.quantized import KVFormat, WeightFormat
-from sharding import residual, vocab
+from sharding import overlap, residual, vocab
 from sharding.attention import (
     Attention,
     Token,
@@ -43,6 +43,7 @@ from sharding.attention import (
 )
 from sharding.layout import Layout, Named, State, Ticks
 from sharding.mesh import make_mesh
+from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload, check
 from sharding.pipeline import Pipeline
 from sharding.residual import Residual
@@ -136,6 +137,7 @@ class Program:
       attention: how a prompt's is computed; see `sharding.attention`.
       token_attention: how that of a decoded token is; see there.
       residual: how a token's products are added up; see `sharding.residual`.
+      overlap: what of a prompt runs while devices sum; see `sharding.overlap`.
       compiler_options: of XLA, beside those of the target.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
@@ -158,6 +160,7 @@ class Program:
     attention: Attention = "blocks"
     token_attention: Token = "einsum"
     residual: Residual = "plain"
+    overlap: Overlap = "none"
     compiler_options: tuple[tuple[str, str], ...] = ()
     micro_batches: int | None = None
     ragged: bool = False
@@ -179,6 +182,11 @@ class Program:
         if reason := self._residual_refusal():
             raise ValueError(reason)
         self._check_ragged()
+        self._check_micro_batches()
+        if reason := self._overlap_refusal():
+            raise ValueError(reason)
+
+    def _check_micro_batches(self) -> None:
         asked, batch = self.micro_batches, self.layout.replica_batch
         if asked and (batch % asked or asked % self.layout.groups):
             raise ValueError(
@@ -254,6 +262,22 @@ class Program:
         return residual.refusal(
             name, self.layout.model, self.partition, self._token_rows
         )
+
+    def _overlap_refusal(self) -> str | None:
+        if self.overlap == "none":
+            return None
+        if self.phase != "prefill":
+            return (
+                f"overlap {self.overlap!r} in {self.phase}: a token's sums are too"
+                " short to run something beside them. It is for prompts. Use"
+                " overlap='none'."
+            )
+        return overlap.refusal(self.overlap, self.partition, self._prompt_rows)
+
+    @property
+    def _prompt_rows(self) -> int:
+        """Sequences whose prompts a replica reads at once."""
+        return self.layout.replica_batch // self.prefill_micro_batches
 
     @property
     def prefill_micro_batches(self) -> int:
@@ -477,6 +501,17 @@ class Program:
             on_cpu=on_cpu,
         )
 
+    def _turn(self, platform: str) -> Turn | None:
+        if self.overlap == "none":
+            return None
+        return overlap.make_turn(
+            self.layout.model,
+            self.partition,
+            self._manual,
+            weights=self.weights,
+            wide=platform == "cpu",
+        )
+
     def _token_attention(self, platform: str) -> TokenAttention | None:
         return token_attention(
             self.token_attention,
@@ -523,6 +558,7 @@ class Program:
             attention=self._attention(),
             token_attention=self._token_attention(platform),
             steps=self._steps(mesh),
+            turn=self._turn(platform),
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -535,7 +571,8 @@ class Program:
         lookup, sample = self._vocabulary(platform)
         place = self._place(platform)
         if self.phase == "prefill":
-            return functools.partial(self._prefill_whole, place, lookup, sample)
+            turn = self._turn(platform)
+            return functools.partial(self._prefill_whole, place, lookup, sample, turn)
         attention, steps = self._token_attention(platform), self._steps(mesh)
         return functools.partial(
             self._decode_whole, place, lookup, sample, attention, steps
@@ -546,6 +583,7 @@ class Program:
         place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
+        turn: Turn | None,
         params: Params,
         state: State,
         prompts: jax.Array,
@@ -568,6 +606,7 @@ class Program:
                 lookup=lookup,
                 attention=attention,
                 row=row,
+                turn=turn,
             )
             where = jnp.int32(tokens.shape[1]) if lengths is None else lengths
             picked = sample(logits, seeds, where)

@@ -51,16 +51,10 @@ def refusal(
             f"residual {name!r} of {tokens} tokens: its products are of {ROWS} rows at"
             " most. Use residual='triton', which has no such limit."
         )
-    rules = partition.rules
-    split = {
-        dim: [a for a in rules.axes_of(dim, "decode") if partition.axes[a] > 1]
-        for dim in ("embed", "residual_seq", "heads", "mlp")
-    }
-    whole = not split["embed"] and not split["residual_seq"]
-    parts = ["tensor"] if partition.tensor > 1 else []
-    if not whole or split["heads"] != parts or split["mlp"] != parts:
+    if not partition.sums_stream("decode"):
         return (
-            f"residual {name!r} with rules {rules.name!r} of {partition.name}: the"
+            f"residual {name!r} with rules {partition.rules.name!r} of"
+            f" {partition.name}: the"
             " kernel sums over `tensor`, which must split heads and MLP and nothing"
             f" else. Use the rules 'megatron'. {rest}"
         )

@@ -15,6 +15,7 @@ from jaxllm.model import Layers, init_params
 from sharding.attention import KERNELS, Attention, Kernel, Token
 from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
+from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload
 from sharding.program import Program
 from sharding.residual import Residual
@@ -51,6 +52,8 @@ def run(
     attention: Attention = "blocks",
     token_attention: Token = "einsum",
     residual: Residual = "plain",
+    overlap: Overlap = "none",
+    micro_batches: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
     config, partition = MODELS[model], Partition.parse(name, rules)
@@ -69,6 +72,8 @@ def run(
             attention=attention,
             token_attention=token_attention if phase == "decode" else "einsum",
             residual=residual if phase == "decode" else "plain",
+            overlap=overlap if phase == "prefill" else "none",
+            micro_batches=micro_batches if phase == "prefill" else None,
             ragged=ragged,
             with_logits=True,
             sampling=sampling,
@@ -257,6 +262,38 @@ def test_the_kernels_of_a_token_equal_one_device(
     want_tokens, want_logits = one_device(model, ragged, batch)
     np.testing.assert_array_equal(tokens, want_tokens)
     np.testing.assert_allclose(logits, want_logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "layers", "ragged", "batch", "micro_batches"),
+    [
+        ("tp2", "kv_seq", "scanned", True, 4, None),
+        ("dp2_tp2", "megatron", "unrolled", True, BATCH, 2),
+        (
+            "tp2_pp2",
+            "megatron",
+            "unrolled",
+            False,
+            BATCH,
+            2,
+        ),  # idle ticks write nothing
+    ],
+)
+def test_halves_in_turns_equal_one_device(
+    name: str,
+    rules: str,
+    layers: Layers,
+    ragged: bool,
+    batch: int,
+    micro_batches: int | None,
+) -> None:
+    tokens, logits, _ = run(
+        "tiny-3", name, rules, layers, ragged, batch, ticks=layers,
+        overlap="rows", micro_batches=micro_batches,
+    )  # fmt: skip
+    want_tokens, want_logits = one_device("tiny-3", ragged, batch)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_allclose(logits, want_logits, atol=1e-4, rtol=1e-4)
 
 
 def _never(*_: object) -> None:

@@ -185,6 +185,7 @@ class PhaseRecord:
       unrolled_ticks: whether decode's ticks are; null with one stage.
       token_attention: kernel of a decoded token's; null for ordinary operations.
       residual: kernel that adds its products up; null for ordinary operations.
+      overlap: what of a prompt runs while devices sum; null for nothing.
     """
 
     layers: str
@@ -205,6 +206,7 @@ class PhaseRecord:
     unrolled_ticks: bool | None = dataclasses.field(default=None, metadata=_ADDED)
     token_attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
     residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    overlap: str | None = dataclasses.field(default=None, metadata=_ADDED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,12 @@ PATH = Path(__file__).with_name("validation.json")
 SCHEMA = 1
 METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
-_KERNELS = ("attention", "token_attention", "residual")  # of a phase's record
+_KERNELS = (
+    "attention",
+    "token_attention",
+    "residual",
+    "overlap",
+)  # of a phase's record
 NOT_VALIDATED = "not validated here"
 
 

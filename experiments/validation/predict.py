@@ -21,7 +21,7 @@ from sharding.target import GPUS, Target, parse_target
 
 _PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
 # Fields of a `Program` that say how it is written, under the same name in a record.
-_WRITING = ("layers", "attention", "token_attention", "residual")
+_WRITING = ("layers", "attention", "token_attention", "residual", "overlap")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
