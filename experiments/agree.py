@@ -20,7 +20,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import agreement
+from experiments import agreement, command
 from jaxllm import config as config_lib
 from sharding.partition import Partition, Workload
 from sharding.target import parse_target, prepare_environment
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, runs every variant, and prints a table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console(width=None if sys.stdout.isatty() else 118)
+    console = command.console()
     try:
         prepare_environment([_TARGET.value])
         config = config_lib.load(_MODEL.value)

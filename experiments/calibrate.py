@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from rich.console import Console
 
+from experiments import command
 from experiments.calibration import bench, curves, points, run
 from sharding import guard
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
+    console = command.console()
     ask = bench.Ask(
         target=_TARGET.value,
         chip=_CHIP.value,

@@ -32,7 +32,7 @@ def refuse(wrong: Sequence[str]) -> NoReturn:
     sys.exit(f"Nothing was started. {len(wrong)} to put right:\n{lines}")
 
 
-def console(width: int) -> Console:
+def console(width: int = 118) -> Console:
     """Returns standard output, `width` wide where there is no terminal to ask."""
     found = Console()
     return found if found.is_terminal else Console(width=width)

@@ -75,7 +75,6 @@ _CHOICES = flags.DEFINE_list(
     "choices", "", "Write programs so, as residual=plain,xla_gpu_autotune_level=4."
 )
 _OUT = flags.DEFINE_string("out", "runs/measured", "Folder of results and reports.")
-_WIDTH = 118  # of tables, where there is no terminal to ask
 
 
 def _ask() -> Ask:
@@ -152,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = command.console(_WIDTH)
+    console = command.console()
     out = pathlib.Path(_OUT.value)
     try:
         ask, how = _ask(), _how()

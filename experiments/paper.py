@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from rich.console import Console
 
+from experiments import command
 from experiments.claims import folder, points
 from experiments.claims.sweep import measured, sweep
 from experiments.report import units
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, sweeps, and writes the pages."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
+    console = command.console()
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     start, failed = time.monotonic(), 0

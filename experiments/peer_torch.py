@@ -48,7 +48,6 @@ _IF_BUSY = flags.DEFINE_enum(
 )
 _OUT = flags.DEFINE_string("out", "runs/torch", "Folder of results and reports.")
 _BESIDE = flags.DEFINE_string("beside", None, "Folder of experiments.measure.")
-_WIDTH = 118  # of tables, where there is no terminal to ask
 
 
 def plan(peer: Peer, config: ModelConfig, chip: Chip) -> list[Point]:
@@ -105,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = command.console(_WIDTH)
+    console = command.console()
     prepare_environment(["cpu:1"])  # JAX is here for shapes; the GPU is torch's
     out = pathlib.Path(_OUT.value)
     try:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from rich.console import Console
 
+from experiments import command
 from experiments.report import folder, terminal
 from experiments.report.frontier import Objective
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     out = pathlib.Path(_OUT.value)
     objective = Objective.of_ms(ttft_ms=_TTFT_MS.value, tpot_ms=_TPOT_MS.value)
-    console = Console()
+    console = command.console()
     try:
         questions = folder.write(out, objective)
     except ValueError as error:

@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, sweeps, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = Console()
+    console = command.console()
     out = pathlib.Path(_OUT.value)
     objective = Objective.of_ms(ttft_ms=_TTFT_MS.value, tpot_ms=_TPOT_MS.value)
     try:

@@ -59,7 +59,6 @@ _JOBS = flags.DEFINE_integer(
 )
 _WRITE = flags.DEFINE_boolean("write", False, "Commit the figures to this repository.")
 _CHECK = flags.DEFINE_boolean("check", False, "Fail if MAPE moved by over 3 points.")
-_WIDTH = 118  # of tables, where there is no terminal to ask
 
 
 def _refuse(wrong: str) -> NoReturn:
@@ -168,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, predicts, and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console = command.console(_WIDTH)
+    console = command.console()
     records, out = pathlib.Path(_RECORDS.value), pathlib.Path(_OUT.value)
     if (_WRITE.value or _CHECK.value) and (
         _CHIP.value or records.resolve() != committed.RECORDS
