@@ -6,7 +6,8 @@ PYTHON ?= python3
 OUT ?= runs/demo
 PARTITION ?= tp3
 export PROMPT ?= The capital of France is
-PYTEST_ARGS ?=
+# Two processes: most tests wait for a compiler. More would want more memory than time.
+PYTEST_ARGS ?= --numprocesses=2 --dist=worksteal
 
 # .venv for the default Python, .venv-3.12 for another, so that two never share one.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
