@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.triton import cost, num_bytes
 
 _WORD = 4  # bytes; two bfloat16 numbers
+_PATIENCE = 40_000_000_000  # clock cycles, some 20 s; who still waits then stops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,8 +245,12 @@ def _exchange(
     come = jnp.int32(0)
     for i in range(peers):  # by every thread, each of which reads what has come
         wait = _asm(
-            "WAIT: ld.acquire.sys.global.u32 t, [a]; sub.u32 t, t, $4;"
-            " setp.lt.s32 p, t, 0; @p bra WAIT; mov.u32 $0, 0;",
+            "mov.u64 s, %clock64;"
+            " WAIT: ld.acquire.sys.global.u32 t, [a]; sub.u32 t, t, $4;"
+            " setp.ge.s32 p, t, 0; @p bra COME;"
+            " mov.u64 o, %clock64; sub.u64 o, o, s;"
+            f" setp.gt.u64 p, o, {_PATIENCE}; @p trap; bra WAIT;"
+            " COME: mov.u32 $0, 0;",
             *mine,
             (row * peers + i) * _WORD,
             call + raised,
@@ -274,7 +279,7 @@ def _asm(code: str, low: Any, high: Any, offset: Any, value: Any) -> Array:
         for x in (low, high, offset, value)
     ]
     return plgpu.elementwise_inline_asm(
-        "{ .reg .b64 a, o; .reg .pred p; .reg .u32 t; mov.b64 a, {$1, $2};"
+        "{ .reg .b64 a, o, s; .reg .pred p; .reg .u32 t; mov.b64 a, {$1, $2};"
         f" cvt.u64.u32 o, $3; add.s64 a, a, o; {code} }}",
         args=args,
         constraints="=r,r,r,r,r",

@@ -6,6 +6,7 @@ a GPU reading. What pieces of the same columns give is left apart, for whatever 
 next to add up on the way in: a kernel less.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,11 +19,39 @@ from jaxtyping import Array, Float
 
 from jaxllm.triton import PROGRAMS, ROWS, cost, num_bytes
 
-COLUMNS = 128  # of the weight, that a program holds at a time
-DEPTH = 128  # rows of the weight, likewise
+MOST_ROWS = 64  # more are no longer read at the pace of the weight
 
 
-def parts_of(rows: int, depth: int, columns: int) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What a program holds at a time.
+
+    Attributes:
+      rows: of the activation, all there are and more.
+      columns: of the weight.
+      depth: rows of the weight.
+      num_warps: threads of a program, in warps of 32.
+      num_stages: pieces of the weight in flight.
+    """
+
+    rows: int
+    columns: int = 128
+    depth: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def tile_of(rows: int) -> Tile:
+    """Returns a tile that holds `rows`, two of whose programs fit into one core.
+
+    An H100's core has 227 KB; a stage takes (rows + columns) x depth x 2 bytes.
+    """
+    if rows <= ROWS:
+        return Tile(rows=ROWS)
+    return Tile(rows=pl.next_power_of_2(rows), columns=64, num_stages=3)
+
+
+def parts_of(rows: int, depth: int, columns: int, tile: Tile | None = None) -> int:
     """Returns into how many parts the depth of a product is cut.
 
     Enough for `PROGRAMS` in all, but the parts of the result must stay small beside the
@@ -32,8 +61,9 @@ def parts_of(rows: int, depth: int, columns: int) -> int:
       >>> parts_of(1, 2048, 4096), parts_of(16, 2048, 4096), parts_of(1, 4096, 28672)
       (8, 4, 2)
     """
-    wanted = math.ceil(PROGRAMS / math.ceil(columns / COLUMNS))
-    pieces = math.ceil(depth / DEPTH)
+    tile = tile or tile_of(rows)
+    wanted = math.ceil(PROGRAMS / math.ceil(columns / tile.columns))
+    pieces = math.ceil(depth / tile.depth)
     most = max(1, min(wanted, pieces, depth // (32 * rows)))
     return math.ceil(pieces / math.ceil(pieces / most))  # none of them empty
 
@@ -43,8 +73,7 @@ def split_product(
     weight: Float[Array, "D N"],
     *,
     parts: int | None = None,
-    num_warps: int = 4,
-    num_stages: int = 4,
+    tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "P B N"]:
     """Returns `x` times `weight` in float32, in parts to be added up.
@@ -53,58 +82,62 @@ def split_product(
       x: a few rows.
       weight: what they are multiplied with.
       parts: P; None: `parts_of`.
-      num_warps: threads of a program, in warps of 32.
-      num_stages: pieces of the weight in flight.
+      tile: what a program holds; None: `tile_of`.
       interpret: run as ordinary operations, on any device.
 
     Raises:
       ValueError: more rows than the kernel is for.
     """
     (rows, depth), columns = x.shape, weight.shape[1]
-    if rows > ROWS:
+    if rows > MOST_ROWS:
         raise ValueError(
-            f"split product of {rows} rows: the kernel holds {ROWS}, and more of them"
-            " are no longer read at the pace of the weight. Use an ordinary product."
+            f"split product of {rows} rows: the kernel holds {MOST_ROWS}, and more of"
+            " them are no longer read at the pace of the weight. Use an ordinary"
+            " product."
         )
-    count = parts or parts_of(rows, depth, columns)
+    tile = tile or tile_of(rows)
+    count = parts or parts_of(rows, depth, columns, tile)
     shape = jax.ShapeDtypeStruct((count, rows, columns), jnp.float32)
-    steps = math.ceil(math.ceil(depth / DEPTH) / count)
+    steps = math.ceil(math.ceil(depth / tile.depth) / count)
 
     def multiply(x_ref: Any, weight_ref: Any, out_ref: Any) -> None:
-        column = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS)
-        part, row = pl.program_id(1), jnp.arange(ROWS)
+        column = pl.program_id(0) * tile.columns + jnp.arange(tile.columns)
+        part, row = pl.program_id(1), jnp.arange(tile.rows)
         inside, real = column < columns, row < rows
 
         def step(i: Array, acc: Array) -> Array:
-            first = (part * steps + i) * DEPTH
-            deep = first + jnp.arange(DEPTH) < depth
+            first = (part * steps + i) * tile.depth
+            deep = first + jnp.arange(tile.depth) < depth
             left = plgpu.load(
-                x_ref.at[:, pl.ds(first, DEPTH)],
+                x_ref.at[:, pl.ds(first, tile.depth)],
                 mask=real[:, None] & deep[None],
                 other=0.0,
             )
             right = plgpu.load(
-                weight_ref.at[pl.ds(first, DEPTH), :],
+                weight_ref.at[pl.ds(first, tile.depth), :],
                 mask=deep[:, None] & inside[None],
                 other=0.0,
             )
             return acc + plgpu.dot(left, right)
 
-        acc = lax.fori_loop(0, steps, step, jnp.zeros((ROWS, COLUMNS), jnp.float32))
+        acc = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+        acc = lax.fori_loop(0, steps, step, acc)
         plgpu.store(out_ref, acc, mask=real[:, None] & inside[None])
 
-    padded = steps * count * DEPTH
+    padded = steps * count * tile.depth
     return pl.pallas_call(
         multiply,
-        grid=(math.ceil(columns / COLUMNS), count),
+        grid=(math.ceil(columns / tile.columns), count),
         in_specs=[
-            pl.BlockSpec((ROWS, padded), lambda n, part: (0, 0)),
-            pl.BlockSpec((padded, COLUMNS), lambda n, part: (0, n)),
+            pl.BlockSpec((tile.rows, padded), lambda n, part: (0, 0)),
+            pl.BlockSpec((padded, tile.columns), lambda n, part: (0, n)),
         ],
-        out_specs=pl.BlockSpec((None, ROWS, COLUMNS), lambda n, part: (part, 0, n)),
+        out_specs=pl.BlockSpec(
+            (None, tile.rows, tile.columns), lambda n, part: (part, 0, n)
+        ),
         out_shape=shape,
         compiler_params=plgpu.CompilerParams(
-            num_warps=num_warps, num_stages=num_stages
+            num_warps=tile.num_warps, num_stages=tile.num_stages
         ),
         name="split_product",
         metadata=cost(

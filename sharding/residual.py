@@ -19,9 +19,8 @@ from jaxllm import norm_kernel
 from jaxllm.config import ModelConfig
 from jaxllm.model import Steps
 from jaxllm.norm_kernel import Mailbox, add_and_norm
-from jaxllm.product_kernel import split_product
+from jaxllm.product_kernel import MOST_ROWS, split_product
 from jaxllm.quantized import product
-from jaxllm.triton import ROWS
 from sharding.partition import Partition
 
 Residual = Literal["plain", "triton", "triton_split"]
@@ -46,10 +45,10 @@ def refusal(
     if name not in get_args(Residual):
         known = ", ".join(get_args(Residual))
         return f"no residual {name!r}; there are {known}. Choose one."
-    if name == "triton_split" and tokens > ROWS:
+    if name == "triton_split" and tokens > MOST_ROWS:
         return (
-            f"residual {name!r} of {tokens} tokens: its products are of {ROWS} rows at"
-            " most. Use residual='triton', which has no such limit."
+            f"residual {name!r} of {tokens} tokens: its products are of {MOST_ROWS}"
+            " rows at most. Use residual='triton', which has no such limit."
         )
     if not partition.sums_stream("decode"):
         return (

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "parts"),
     # Neither depth nor columns whole pieces; the last part shorter than the others.
-    [(1, 256, 128, 2), (3, 384, 200, None), (16, 300, 384, 2)],
+    [(1, 256, 128, 2), (3, 384, 200, None), (16, 300, 384, 2), (40, 300, 200, 2)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parts_add_up(
@@ -36,7 +36,9 @@ def test_parts_add_up(
 
 
 def test_no_part_is_empty_and_all_are_small() -> None:
-    for rows, depth, columns in [(1, 2048, 4096), (16, 2048, 4096), (16, 128, 64)]:
+    for rows, depth, columns in [
+        (1, 2048, 4096), (16, 2048, 4096), (16, 128, 64), (64, 7168, 4096)
+    ]:  # fmt: skip
         parts = parts_of(rows, depth, columns)
         pieces = -(-depth // 128)
         assert (parts - 1) * -(-pieces // parts) < pieces
@@ -44,11 +46,12 @@ def test_no_part_is_empty_and_all_are_small() -> None:
 
 
 def test_too_many_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="17 rows"):
-        split_product(jnp.zeros((17, 128)), jnp.zeros((128, 128)), interpret=True)
+    with pytest.raises(ValueError, match="65 rows"):
+        split_product(jnp.zeros((65, 128)), jnp.zeros((128, 128)), interpret=True)
 
 
-def test_the_ledger_counts_the_same_products() -> None:
+@pytest.mark.parametrize("batch", [4, 64])
+def test_the_ledger_counts_the_same_products(batch: int) -> None:
     partition = Partition.parse("tp2")
     found = []
     for residual in ("triton_split", "plain"):
@@ -56,7 +59,7 @@ def test_the_ledger_counts_the_same_products() -> None:
             phase="decode",
             config=dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2),
             partition=partition,
-            workload=Workload(batch_size=4, input_len=1000, output_len=128),
+            workload=Workload(batch_size=batch, input_len=1000, output_len=128),
             residual=residual,
         )
         compiled = program.compile(parse_target("h100:2"))
@@ -68,4 +71,4 @@ def test_the_ledger_counts_the_same_products() -> None:
     assert count == 2 * 3
     products = [sum(c.count * c.matmul_flops for c in f.costs) for f in found]
     assert products[0] == pytest.approx(products[1], rel=1e-3)
-    assert split.hbm_bytes == pytest.approx(plain.hbm_bytes, rel=0.02)
+    assert split.hbm_bytes == pytest.approx(plain.hbm_bytes, rel=0.05)
