@@ -40,13 +40,14 @@ class CacheLayer:
       kv: keys and values with `len(index)` leading dimensions.
       index: where this layer is in the leading dimensions; may be traced.
       row: the first sequence to write to; a micro-batch writes its rows only.
-      keep: where True, a write leaves the old contents (an idle pipeline tick).
+      keep: where True, a write leaves the old contents (an idle pipeline tick); one
+        for all, or one for each sequence where positions are.
     """
 
     kv: KV
     index: tuple[Int[Array, ""] | int, ...] = ()
     row: Int[Array, ""] | int = 0
-    keep: Bool[Array, ""] | None = None
+    keep: Bool[Array, "..."] | None = None
 
     def read(self) -> KV:
         """Returns this layer's keys and values, each [B, K, S, H]."""
@@ -124,5 +125,6 @@ class CacheLayer:
         where = (*self.index, rows, slice(None), position)
         update = update[:, :, 0]
         if self.keep is not None:
-            update = jnp.where(self.keep, stack[where], update)
+            keep = self.keep.reshape(-1, *(1,) * (update.ndim - 1))
+            update = jnp.where(keep, stack[where], update)
         return stack.at[where].set(update)

@@ -18,7 +18,7 @@ from jaxllm.attention import (
     causal_attention,
     decode_attention,
 )
-from jaxllm.cache import KV, CacheLayer
+from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere
 from jaxllm.model import Attend, Params, Steps, Tree, Turn, bind_ends, run_blocks
@@ -47,18 +47,39 @@ def _for_cache(k: Array, v: Array, kv_heads: int, place: Place) -> KV:
     return KV(one(k), one(v))
 
 
+def _for_all_positions(k: Array, v: Array, cache: CacheLayer, place: Place) -> KV:
+    """Returns what `_for_cache` does, and zeros up to the end of the cache."""
+    *_, kv_heads, length, _ = cache.kv.k.shape
+    repeat = k.shape[2] // kv_heads
+
+    def one(x: Array) -> Array:
+        x = jnp.swapaxes(x[:, :, ::repeat], 1, 2)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
+        return place(x, CACHE_AXES)
+
+    return KV(one(k), one(v))
+
+
 def prompt_attend(
-    place: Place = anywhere, attention: PromptAttention = causal_attention
+    place: Place = anywhere,
+    attention: PromptAttention = causal_attention,
+    *,
+    fill: bool = False,
 ) -> Attend:
     """Returns attention of a whole prompt, which fills the cache from position 0.
 
     Args:
       place: pins activations.
       attention: of the prompt over itself.
+      fill: write zeros behind the prompt, up to the cache's end. Where positions are
+        split over devices, a part of them cannot be written without gathering all.
     """
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
-        kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
+        if fill:
+            kept = _for_all_positions(k, v, cache, place)
+        else:
+            kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
         return attention(q, k, v), cache.write(kept, 0, place)
 
     return attend
@@ -218,6 +239,7 @@ def prefill(
     attention: PromptAttention = causal_attention,
     row: Int[Array, ""] | int = 0,
     turn: Turn | None = None,
+    fill: bool = False,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Reads prompts into the cache; returns it with the logits of the next token.
 
@@ -232,6 +254,7 @@ def prefill(
       attention: of the prompt over itself.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
       turn: runs two halves of the sequences in turns; see `run_blocks`.
+      fill: write behind prompts too; see `prompt_attend`.
     """
     ends = bind_ends(config, params.ends)
     x = place(lookup(ends.embedding[...], tokens), ("batch", "residual_seq", "embed"))
@@ -242,7 +265,7 @@ def prefill(
         cache,
         x,
         angles_at(positions, config),
-        prompt_attend(place, attention),
+        prompt_attend(place, attention, fill=fill),
         place,
         cache_at=CacheLayer(kv=KV(x, x), row=row),
         turn=turn,

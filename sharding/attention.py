@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm import token_kernel
 from jaxllm.attention import (
@@ -21,6 +22,7 @@ from jaxllm.attention import (
     blocks_of,
     causal_attention,
     cudnn_attention,
+    decode_attention,
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
@@ -206,8 +208,9 @@ def token_attention(
 ) -> TokenAttention | None:
     """Returns attention `name` of one token, for use in a partitioned program.
 
-    None stands for ordinary operations, which the compiler splits. A kernel is mapped
-    as in `prompt_attention`, whose arguments these are.
+    None stands for ordinary operations, which the compiler splits; where positions are
+    split it is only told who writes. A kernel is mapped as in `prompt_attention`, whose
+    arguments these are.
 
     Args:
       name: of the attention.
@@ -216,9 +219,10 @@ def token_attention(
       manual: those of `axes` that an enclosing `jax.shard_map` handles.
       interpret: run the kernel as ordinary operations, where there is no GPU.
     """
-    if name == "einsum":
-        return None
     inner = tuple(axis for axis in axes if axis not in manual)
+    if name == "einsum":
+        split = [a for a in rules.axes_of("cache_seq", "decode") if a in inner]
+        return _write_where_it_lies(rules, inner, *split) if split else None
     spec = functools.partial(rules.spec, phase="decode", keep=inner)
     queries = spec(("cache_batch", "kv_heads", None, "head_dim"))
     new = spec(("cache_batch", "kv_heads", "head_dim"))
@@ -243,4 +247,55 @@ def token_attention(
         axis_names=set(inner),
         check_vma=False,
     )
+    return attend
+
+
+def _write_where_it_lies(
+    rules: AxisRules, inner: Sequence[str], split: str
+) -> TokenAttention:
+    """Returns attention of one token over a cache whose positions are split.
+
+    Each device writes if the position is one of its own. The compiler, which cannot
+    know whose it is, would gather the whole cache to write one position.
+
+    Args:
+      rules: how sequences and heads are split.
+      inner: axes of the mesh that no enclosing `jax.shard_map` handles.
+      split: that of positions.
+    """
+    spec = functools.partial(rules.spec, phase="decode", keep=tuple(inner))
+    new_spec = spec(("cache_batch", "kv_heads", None, "head_dim"))
+
+    def write(kv: KV, new: KV, positions: Any, keep: Any, index: Any) -> KV:
+        length = kv.k.shape[len(index) + 2]
+        here = positions - lax.axis_index(split) * length
+        elsewhere = (here < 0) | (here >= length)
+        layer = CacheLayer(kv=kv, index=index, keep=keep | elsewhere)
+        return layer.write(new, jnp.clip(here, 0, length - 1)).kv
+
+    def attend(q: jax.Array, new: KV, cache: CacheLayer, positions: jax.Array):
+        lead = len(cache.index)
+        specs = jax.tree.map(
+            lambda x: spec(((None,) * lead + CACHE_AXES)[: x.ndim]), cache.kv
+        )
+        mapped = jax.shard_map(
+            write,
+            in_specs=(
+                specs,
+                new_spec,
+                spec(("cache_batch",) * positions.ndim),
+                spec(()),
+                spec(()),
+            ),
+            out_specs=specs,
+            axis_names=set(inner),
+            check_vma=False,
+        )
+        keep = jnp.asarray(False if cache.keep is None else cache.keep)
+        index = tuple(jnp.asarray(i, jnp.int32) for i in cache.index)
+        kv = mapped(cache.kv, new, positions, keep, index)
+        cache = dataclasses.replace(cache, kv=kv)
+        where = jnp.broadcast_to(positions, q.shape[:1])
+        return decode_attention(q, cache.read(), where), cache
+
     return attend

@@ -63,6 +63,7 @@ class Pipeline:
       token_attention: of one token over the cache; see `token_attend`.
       steps: parts of each block of a decoded token as kernels; see `jaxllm.model`.
       turn: runs halves of a micro-batch in turns; see `jaxllm.model.run_blocks`.
+      fill: write behind prompts too; see `jaxllm.decode.prompt_attend`.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -82,6 +83,7 @@ class Pipeline:
     token_attention: TokenAttention | None
     steps: Steps | None
     turn: Turn | None
+    fill: bool
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -151,13 +153,15 @@ class Pipeline:
 
         Its keys and values are written from sequence `row` on, unless `keep`.
         """
-        attend = prompt_attend(self.place, self.attention)
+        attend = prompt_attend(self.place, self.attention, fill=self.fill)
         run = functools.partial(run_blocks, self.config, blocks, turn=self.turn)
         if self.ticks == "scanned":
             at = CacheLayer(kv=KV(x, x), index=(t % self.groups,), row=row, keep=keep)
             return run(cache, x, angles, attend, self.place, cache_at=at)
+        count = None if self.fill else x.shape[1]
         empty = [
-            jax.tree.map(lambda a: _empty(a, *x.shape[:2]), slots[0]) for slots in cache
+            jax.tree.map(lambda a: _empty(a, x.shape[0], count), slots[0])
+            for slots in cache
         ]
         x, fresh = run(empty, x, angles, attend, self.place)
 
@@ -356,10 +360,10 @@ def _clip(item: jax.Array, count: int) -> jax.Array:
     return jnp.clip(item, 0, count - 1)
 
 
-def _empty(cached: jax.Array, rows: int, positions: int) -> jax.Array:
-    """Returns zeros as `cached`, [B, K, S, ...], of fewer rows and positions."""
-    heads, rest = cached.shape[1], cached.shape[3:]
-    return jnp.zeros((rows, heads, positions, *rest), cached.dtype)
+def _empty(cached: jax.Array, rows: int, positions: int | None) -> jax.Array:
+    """Returns zeros as `cached`, [B, K, S, ...], of other rows and positions."""
+    _, heads, length, *rest = cached.shape
+    return jnp.zeros((rows, heads, positions or length, *rest), cached.dtype)
 
 
 def _dtype(params: Params) -> Any:

@@ -231,7 +231,6 @@ class Program:
         if self.token_attention == "einsum":
             return None
         layout, partition = self.layout, self.partition
-        split = partition.rules.axes_of("cache_seq", "decode")
         layers = -(-self.config.num_layers // partition.stage)
         bytes_each = layout.device_bytes(layout.named_state().cache) // (2 * layers)
         return token_refusal(
@@ -239,10 +238,15 @@ class Program:
             layout.model,
             is_apart=self.layers == "unrolled"
             and (partition.stage == 1 or self.ticks == "unrolled"),
-            is_whole=all(partition.axes[axis] == 1 for axis in split),
+            is_whole=not self._splits_positions,
             is_wide=self.kv is None,
             size=bytes_each // jnp.dtype(self.dtype).itemsize,
         )
+
+    @property
+    def _splits_positions(self) -> bool:
+        """Whether devices hold the cache of some positions each."""
+        return self.partition.ways("cache_seq", "decode") > 1
 
     @property
     def _token_rows(self) -> int:
@@ -559,6 +563,7 @@ class Program:
             token_attention=self._token_attention(platform),
             steps=self._steps(mesh),
             turn=self._turn(platform),
+            fill=self._splits_positions,
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,
@@ -607,6 +612,7 @@ class Program:
                 attention=attention,
                 row=row,
                 turn=turn,
+                fill=self._splits_positions,
             )
             where = jnp.int32(tokens.shape[1]) if lengths is None else lengths
             picked = sample(logits, seeds, where)

@@ -4,6 +4,7 @@ What the optimised HLO holds is compared with closed forms: FLOPs, bytes, collec
 and memory of one device.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -214,6 +215,45 @@ def test_kv_seq_splits_the_cache_beyond_the_heads() -> None:
         sizes[rules] = layout.device_bytes(layout.named_state().cache)
     assert sizes["megatron"] == 2 * sizes["kv_seq"]
     assert sizes["kv_seq"] == config.cache_bytes(16 * 2176, 2) // 16
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("target", "name", "layers", "ticks"),
+    [
+        ("h100:8", "tp8", "unrolled", "scanned"),
+        ("h100:4", "tp2_pp2", "unrolled", "unrolled"),
+        ("v5p:2x2x2", "tp8", "scanned", "scanned"),
+    ],
+)
+def test_kv_seq_moves_no_cache(
+    target: str, name: str, layers: Layers, ticks: Ticks, phase: Phase
+) -> None:
+    """Each device writes what is its own; a prompt's keys change hands once."""
+    config = dataclasses.replace(PRESETS["llama-3.1-70b"], num_layers=2)
+    program = Program(
+        phase=phase,
+        config=config,
+        partition=Partition.parse(name, "kv_seq"),
+        workload=Workload(batch_size=16, input_len=2048, output_len=128),
+        layers=layers,
+        ticks=ticks,
+    )
+    result = program.compile(parse_target(target))
+    ledger = read_ledger(result.text, program.partition.axes)
+    rows = 16 // program.layout.groups
+    if phase == "decode":
+        # Partial results of attention in float32, or the stream; not 38 MB of keys.
+        most = rows * config.num_heads * config.head_dim * 4
+        assert max(c.payload_bytes_each for c in ledger.collectives) <= most
+        held = result.memory.weights_bytes + result.memory.kv_bytes
+        assert result.memory.activations_bytes < held / 10
+        return
+    micro = 16 // program.prefill_micro_batches
+    keys = micro * config.num_kv_heads * program.layout.cache_len * config.head_dim * 2
+    for row in ledger.collectives:
+        if row.kind != "all-reduce" and row.axis == "tensor":
+            assert row.payload_bytes_each <= 2 * keys / program.partition.tensor, row
 
 
 def test_no_collective_moves_weights() -> None:

@@ -76,9 +76,11 @@ def carry(first: Row, second: Row, steps: float) -> Row:
     if not (first.ok and second.ok):
         return second if first.ok else first
     both = {name: (getattr(first, name), getattr(second, name)) for name in _CARRIED}
-    return dataclasses.replace(
-        first, **{name: _along(a, b, steps) for name, (a, b) in both.items()}
-    )
+    found: dict[str, Any] = {n: _along(a, b, steps) for n, (a, b) in both.items()}
+    phases = [phase for phase in (found["prefill"], found["decode"]) if phase]
+    if phases:
+        found["needed_bytes"] = max(phase.peak_bytes for phase in phases)
+    return dataclasses.replace(first, **found)
 
 
 def _along(a: Any, b: Any, steps: float) -> Any:
@@ -86,9 +88,15 @@ def _along(a: Any, b: Any, steps: float) -> Any:
         return a
     if isinstance(a, PhaseRow):
         fields = [field.name for field in dataclasses.fields(a)]
-        return PhaseRow(
+        row = PhaseRow(
             **{n: _along(getattr(a, n), getattr(b, n), steps) for n in fields}
         )
+        # Temporaries never shrink with depth; XLA:TPU writes a loop over very few
+        # layers otherwise than one over many, and holds more.
+        arrays = [phase.peak_bytes - phase.activations_bytes for phase in (a, b)]
+        held = max(row.activations_bytes, b.activations_bytes)
+        peak = _along(*arrays, steps) + held
+        return dataclasses.replace(row, activations_bytes=held, peak_bytes=peak)
     if isinstance(a, Mapping):
         names = [*a, *(name for name in b if name not in a)]
         return {n: _along(a.get(n, 0), b.get(n, 0), steps) for n in names}
