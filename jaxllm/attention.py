@@ -7,6 +7,7 @@ softmax are float32, whatever the inputs are.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,26 +175,72 @@ def decode_attention(
       kv: the layer's keys and values, each [B, K, S, H], new token written; stored
         in any format.
       positions: of the new token; later cache entries are masked.
-      place: pins the scores, so that a cache split over positions stays split.
+      place: pins the scores.
     """
-    keys, key_scale = wide(kv.k, q.dtype)
-    values, value_scale = wide(kv.v, q.dtype)
+    scores = _token_scores(q, kv, positions, place)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return _weighed(weights, kv, q.dtype).astype(q.dtype)[:, None]
+
+
+def decode_attention_part(
+    q: Float[Array, "B 1 K G H"], kv: KV, positions: Int[Array, " B"]
+) -> tuple[Float[Array, "B K G H"], Float[Array, "B K G"], Float[Array, "B K G"]]:
+    """Returns what one part of a cache adds to `decode_attention`, in float32.
+
+    Args:
+      q: queries, as there.
+      kv: keys and values of some positions.
+      positions: of the new token, counted from the first of these; where it is
+        negative nothing is seen, and the other parts' larger scores leave nothing of
+        this one.
+
+    Returns:
+      Values weighed by exp(score - top), the top score, and the sum of the weights;
+      `join_parts` makes one of several.
+    """
+    scores = _token_scores(q, kv, positions)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    return _weighed(weights, kv, q.dtype), top, jnp.sum(weights, axis=-1)
+
+
+def join_parts(
+    out: Float[Array, "P *shape H"],
+    top: Float[Array, "P *shape"],
+    total: Float[Array, "P *shape"],
+) -> Float[Array, "*shape H"]:
+    """Returns attention over all P parts of a cache ("Flash-decoding", Dao 2023)."""
+    share = jnp.exp(top - jnp.max(top, axis=0, keepdims=True))
+    total = jnp.sum(total * share, axis=0)
+    return jnp.sum(out * share[..., None], axis=0) / total[..., None]
+
+
+def _token_scores(
+    q: Array, kv: KV, positions: Array, place: Place = anywhere
+) -> Float[Array, "B K G S"]:
+    """Returns the scores of a token's queries, later positions masked."""
+    keys, scale = wide(kv.k, q.dtype)
     scores = jnp.einsum(
         "BKGH,BKSH->BKGS", q[:, 0], keys, preferred_element_type=jnp.float32
     )
     scores = place(scores, ("cache_batch", "kv_heads", None, "cache_seq"))
     scores = scores * q.shape[-1] ** -0.5
-    if key_scale is not None:
-        scores = scores * key_scale[:, :, None]
+    if scale is not None:
+        scores = scores * scale[:, :, None]
     seen = jnp.arange(keys.shape[2])[None] <= positions[:, None]
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if value_scale is not None:
-        weights = weights * value_scale[:, :, None]
-    out = jnp.einsum(
+    return jnp.where(seen[:, None, None], scores, _MASKED)
+
+
+def _weighed(
+    weights: Float[Array, "B K G S"], kv: KV, dtype: Any
+) -> Float[Array, "B K G H"]:
+    """Returns the sums of values times `weights`, in float32."""
+    values, scale = wide(kv.v, dtype)
+    if scale is not None:
+        weights = weights * scale[:, :, None]
+    return jnp.einsum(
         "BKGS,BKSH->BKGH",
         weights.astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
     )
-    return out.astype(q.dtype)[:, None]

@@ -27,7 +27,8 @@ from jaxllm.model import Attend, Params, Steps, Tree, Turn, bind_ends, run_block
 Lookup = Callable[[Array, Array], Array]
 
 # Attention of one token: grouped queries [B, 1, K, G, H], its keys and values
-# [B, K, 1, H], a layer's cache and positions; returns heads and the cache with it.
+# [B, K, 1, H], a layer's cache and positions; returns heads, [B, 1, K, G, H] or with
+# both dimensions of heads in one, and the cache with it.
 TokenAttention = Callable[[Array, KV, CacheLayer, Array], tuple[Array, CacheLayer]]
 
 _CACHED = ("cache_batch", "seq", "kv_heads", "head_dim")

@@ -22,7 +22,8 @@ from jaxllm.attention import (
     blocks_of,
     causal_attention,
     cudnn_attention,
-    decode_attention,
+    decode_attention_part,
+    join_parts,
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
@@ -208,9 +209,9 @@ def token_attention(
 ) -> TokenAttention | None:
     """Returns attention `name` of one token, for use in a partitioned program.
 
-    None stands for ordinary operations, which the compiler splits; where positions are
-    split it is only told who writes. A kernel is mapped as in `prompt_attention`, whose
-    arguments these are.
+    None stands for ordinary operations, which the compiler splits. A kernel is mapped
+    as in `prompt_attention`, whose arguments these are; so are ordinary operations
+    where positions are split.
 
     Args:
       name: of the attention.
@@ -222,7 +223,7 @@ def token_attention(
     inner = tuple(axis for axis in axes if axis not in manual)
     if name == "einsum":
         split = [a for a in rules.axes_of("cache_seq", "decode") if a in inner]
-        return _write_where_it_lies(rules, inner, *split) if split else None
+        return _over_parts(rules, inner, *split) if split else None
     spec = functools.partial(rules.spec, phase="decode", keep=inner)
     queries = spec(("cache_batch", "kv_heads", None, "head_dim"))
     new = spec(("cache_batch", "kv_heads", "head_dim"))
@@ -250,13 +251,12 @@ def token_attention(
     return attend
 
 
-def _write_where_it_lies(
-    rules: AxisRules, inner: Sequence[str], split: str
-) -> TokenAttention:
+def _over_parts(rules: AxisRules, inner: Sequence[str], split: str) -> TokenAttention:
     """Returns attention of one token over a cache whose positions are split.
 
-    Each device writes if the position is one of its own. The compiler, which cannot
-    know whose it is, would gather the whole cache to write one position.
+    Each device writes if the position is one of its own, attends to those it holds,
+    and sends each peer the heads that are the peer's. The compiler, which cannot know
+    whose a position is, would gather the whole cache to write one.
 
     Args:
       rules: how sequences and heads are split.
@@ -264,14 +264,29 @@ def _write_where_it_lies(
       split: that of positions.
     """
     spec = functools.partial(rules.spec, phase="decode", keep=tuple(inner))
-    new_spec = spec(("cache_batch", "kv_heads", None, "head_dim"))
+    heads = [a for a in rules.axes_of("heads", "decode") if a in inner]
 
-    def write(kv: KV, new: KV, positions: Any, keep: Any, index: Any) -> KV:
+    def attend_local(
+        q: Any, new: KV, kv: KV, positions: Any, keep: Any, index: Any
+    ) -> tuple[jax.Array, KV]:
         length = kv.k.shape[len(index) + 2]
         here = positions - lax.axis_index(split) * length
         elsewhere = (here < 0) | (here >= length)
         layer = CacheLayer(kv=kv, index=index, keep=keep | elsewhere)
-        return layer.write(new, jnp.clip(here, 0, length - 1)).kv
+        layer = layer.write(new, jnp.clip(here, 0, length - 1))
+        where = jnp.broadcast_to(here, q.shape[:1])
+        out, *sums = decode_attention_part(q, layer.read(), where)
+        # One message: it takes as long as its latency.
+        part = jnp.concatenate([out, *(x[..., None] for x in sums)], axis=-1)
+        part = part.reshape(q.shape[0], -1, part.shape[-1])
+        if heads == [split]:
+            peers = lax.axis_size(split)
+            apart = part.reshape(part.shape[0], peers, -1, part.shape[-1])
+            parts = lax.all_to_all(apart, split, split_axis=1, concat_axis=0)
+        else:
+            parts = lax.all_gather(part, split)
+        done = join_parts(parts[..., :-2], parts[..., -2], parts[..., -1])
+        return done.astype(q.dtype)[:, None], layer.kv
 
     def attend(q: jax.Array, new: KV, cache: CacheLayer, positions: jax.Array):
         lead = len(cache.index)
@@ -279,23 +294,22 @@ def _write_where_it_lies(
             lambda x: spec(((None,) * lead + CACHE_AXES)[: x.ndim]), cache.kv
         )
         mapped = jax.shard_map(
-            write,
+            attend_local,
             in_specs=(
+                spec(("cache_batch", None, "kv_heads", None, "head_dim")),
+                spec(("cache_batch", "kv_heads", None, "head_dim")),
                 specs,
-                new_spec,
                 spec(("cache_batch",) * positions.ndim),
                 spec(()),
                 spec(()),
             ),
-            out_specs=specs,
+            out_specs=(spec(("cache_batch", None, "heads", "head_dim")), specs),
             axis_names=set(inner),
             check_vma=False,
         )
         keep = jnp.asarray(False if cache.keep is None else cache.keep)
         index = tuple(jnp.asarray(i, jnp.int32) for i in cache.index)
-        kv = mapped(cache.kv, new, positions, keep, index)
-        cache = dataclasses.replace(cache, kv=kv)
-        where = jnp.broadcast_to(positions, q.shape[:1])
-        return decode_attention(q, cache.read(), where), cache
+        out, kv = mapped(q, new, cache.kv, positions, keep, index)
+        return out, dataclasses.replace(cache, kv=kv)
 
     return attend

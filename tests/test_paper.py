@@ -34,7 +34,7 @@ from experiments.claims.printed import (
 )
 from experiments.claims.programs import priced_as
 from experiments.claims.rows import LINKS, MEMORY, Row, Rows
-from experiments.report.record import Record
+from experiments.report.record import PhaseRecord, Record
 from experiments.report.store import Store, read_records
 from experiments.report.workers import Workers
 from jaxllm.config import load
@@ -364,20 +364,51 @@ def _record(name: str, batch: int, **also: Any) -> Record:
     return record
 
 
+def _needs(record: Record, peak_bytes: int, activations_bytes: int = 0) -> Record:
+    """Returns `record` with programs that hold so much."""
+
+    def phase(of: PhaseRecord | None) -> PhaseRecord:
+        assert of is not None
+        memory = dataclasses.replace(
+            of.memory, peak_bytes=peak_bytes, activations_bytes=activations_bytes
+        )
+        return dataclasses.replace(of, memory=memory)
+
+    return dataclasses.replace(
+        record,
+        needed_bytes=peak_bytes,
+        prefill=phase(record.prefill),
+        decode=phase(record.decode),
+    )
+
+
+def test_temporaries_do_not_shrink_with_depth() -> None:
+    first, second = (
+        _record("tp8", 16, model=f"llama-3.1-70b@{n}", context={MEMORY: "any"})
+        for n in (2, 4)
+    )
+    # Arrays of 100 MB a layer; fewer temporaries at four layers than at two.
+    (row,) = depth.rows_of(
+        [
+            _needs(first, 800_000_000, 600_000_000),
+            _needs(second, 900_000_000, 500_000_000),
+        ]
+    )
+    assert row.needed_bytes == 80 * 100_000_000 + 500_000_000
+
+
 def test_what_fits_is_decided_at_full_depth() -> None:
     shallow = [
         _record("tp8", 16, model=f"llama-3.1-70b@{n}", context={MEMORY: "any"})
         for n in (2, 4)
     ]
     # 0.1 and 2.1 GB: 78.1 at eighty layers, of the 85.0 of an H100.
-    small, large = (
-        dataclasses.replace(r, needed_bytes=n)
-        for r, n in zip(shallow, (100_000_000, 2_100_000_000), strict=True)
-    )
+    small = _needs(shallow[0], 100_000_000)
+    large = _needs(shallow[1], 2_100_000_000)
     (fits,) = depth.rows_of([large, small])
     assert fits.needed_bytes == 78_100_000_000
     assert (fits.status, fits.memory, fits.model) == ("ok", "own", "llama-3.1-70b")
-    large = dataclasses.replace(large, needed_bytes=2_300_000_000)
+    large = _needs(large, 2_300_000_000)
     not_there, would = depth.rows_of([small, large])
     assert (not_there.status, not_there.memory) == ("does not fit", "own")
     assert "needs 85.9 GB a device, has 85" in str(not_there.reason)

@@ -93,9 +93,9 @@ def _along(a: Any, b: Any, steps: float) -> Any:
         )
         # Temporaries never shrink with depth; XLA:TPU writes a loop over very few
         # layers otherwise than one over many, and holds more.
-        arrays = [phase.peak_bytes - phase.activations_bytes for phase in (a, b)]
+        first, second = (p.peak_bytes - p.activations_bytes for p in (a, b))
         held = max(row.activations_bytes, b.activations_bytes)
-        peak = _along(*arrays, steps) + held
+        peak = _along(first, second, steps) + held
         return dataclasses.replace(row, activations_bytes=held, peak_bytes=peak)
     if isinstance(a, Mapping):
         names = [*a, *(name for name in b if name not in a)]
