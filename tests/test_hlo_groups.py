@@ -31,6 +31,9 @@ COLUMNS = ((0, 4), (1, 5), (2, 6), (3, 7))
         # 8 devices as 2 x 4: the major 2, then the minor 4.
         ("mesh['t'=8] {'t':(1)2}", COLUMNS),
         ("mesh['t'=8] {'t':(2)4}", ROWS),
+        # A name may be anything that has no single quote.
+        ("mesh['a+b'=2,'x:(1)2, y}]'=4] {'x:(1)2, y}]'}", ROWS),
+        ("mesh['a/b c'=2,'a'=4] {'a/b c'}", COLUMNS),
         ("mesh['t'=8] {}", tuple((i,) for i in range(8))),
     ],
 )

@@ -1,12 +1,13 @@
 """What stands behind an instruction's operands: `, key=value, key={...}`, strings.
 
-Values stay text. Brackets nest, and strings may hold anything.
+Values stay text. Brackets nest, and strings may hold anything, as may the names of
+mesh axes, which stand in single quotes.
 """
 
 import re
 from collections.abc import Iterator
 
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]|,')
+_BRACKETS = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'|[(){}\[\]]|,""")
 _FLAT = re.compile(r'\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}|"(?:[^"\\]|\\.)*"')
 _ESCAPES = re.compile(r"(?:\\[0-7]{3})+|\\(.)")
 _CONTROL = {"n": "\n", "t": "\t", "r": "\r"}

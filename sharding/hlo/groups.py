@@ -22,11 +22,13 @@ Groups = tuple[tuple[int, ...], ...]
 _MAX_DEVICES = 1 << 20
 _IOTA = re.compile(r"\[([\d,]+)\]\s*<=\s*\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
-    r"mesh\[(?P<axes>[^\]]*)\]"
-    r"(?:,?\s*device_ids=\((?P<ids>[^()]*(?:\([\d,]*\))?[^()]*)\))?\s*\{(?P<by>[^}]*)\}"
+    r"mesh\[(?P<axes>(?:'[^']*'|[^\]'])*)\]"
+    r"(?:,?\s*device_ids=\((?P<ids>[^()]*(?:\([\d,]*\))?[^()]*)\))?"
+    r"\s*\{(?P<by>(?:'[^']*'|[^}'])*)\}"
 )
-_MESH_AXIS = re.compile(r"""["']?([\w.\-]+?)["']?\s*=\s*(\d+)""")
-_AXIS_REF = re.compile(r"""["']?([\w.\-]+?)["']?(?::\((\d+)\)(\d+))?""")
+_NAME = r"""\s*('[^']*'|"[^"]*"|[\w.\-]+)"""  # in quotes, anything
+_MESH_AXIS = re.compile(rf"{_NAME}\s*=\s*(\d+)\s*(?:,|$)")
+_AXIS_REF = re.compile(rf"{_NAME}(?::\((\d+)\)(\d+))?\s*(?:,|$)")
 _RESHAPED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _ID_LISTS = re.compile(r"\{((?:\{[\d,\s]*\}[,\s]*)*)\}")
 
@@ -99,15 +101,25 @@ def _iota(dims: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(index) for index in itertools.product(*ranges))
 
 
+def _listed(pattern: re.Pattern[str], text: str) -> list[tuple[str, ...]] | None:
+    """Returns what each of a list is, its name first, or None if one is not that."""
+    found, at = [], 0
+    while at < len(text):
+        match = pattern.match(text, at)
+        if not match:
+            return None
+        name, *rest = match.groups(default="")
+        found.append((name[1:-1] if name[0] in "'\"" else name, *rest))
+        at = match.end()
+    return found
+
+
 def _mesh_groups(match: re.Match[str]) -> Groups | None:
     """Returns the groups of `mesh[...] {...}`, or None if it makes no sense."""
-    names, sizes = [], []
-    for axis in match["axes"].split(","):
-        found = _MESH_AXIS.fullmatch(axis.strip())
-        if not found:
-            return None
-        names.append(found[1])
-        sizes.append(int(found[2]))
+    axes, refs = _listed(_MESH_AXIS, match["axes"]), _listed(_AXIS_REF, match["by"])
+    if not axes or refs is None:
+        return None
+    names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
     count = math.prod(sizes)
     if not _is_sane(sizes, ()):
         return None
@@ -122,12 +134,11 @@ def _mesh_groups(match: re.Match[str]) -> Groups | None:
         return None
 
     chosen: list[tuple[str, int, int]] = []  # (axis, size before, size)
-    for part in filter(None, (p.strip() for p in match["by"].split(","))):
-        ref = _AXIS_REF.fullmatch(part)
-        if not ref or ref[1] not in names:
+    for name, before, size in refs:
+        if name not in names:
             return None
-        size = sizes[names.index(ref[1])]
-        chosen.append((ref[1], int(ref[2] or 1), int(ref[3] or size)))
+        whole = sizes[names.index(name)]
+        chosen.append((name, int(before or 1), int(size or whole)))
     groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
     for position, index in enumerate(itertools.product(*map(range, sizes))):
         inside, outside = [], list(index)
