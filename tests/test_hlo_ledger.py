@@ -413,6 +413,89 @@ ENTRY %e (w: f32[4]) -> f32[8] {
         assert (row.op_name, row.source) == ("w", source)
 
 
+def test_a_gathered_result_gets_the_line_that_made_it() -> None:
+    text = """HloModule m, num_partitions=2
+
+ENTRY %e (w: f32[4]) -> f32[8] {
+  %w = f32[4] parameter(0), metadata={op_name="w"}
+  %s = f32[4] sine(%w), metadata={op_name="sin" source_file="a.py" source_line=7}
+  %c = f32[4] copy(%s)
+  ROOT %g = f32[8] all-gather(%c), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+    (row,) = read_ledger(text).collectives
+    assert row.source == "a.py:7"
+
+
+def test_names_of_mesh_axes_may_hold_brackets_and_commas() -> None:
+    """As jax 0.12 prints a psum over the axis `x],{(` of a mesh."""
+    text = """HloModule m, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+ENTRY %e (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  ROOT %r = f32[4] all-reduce(%x), replica_groups=mesh['a b'=2,'x],{('=4] {'x],{('}, use_global_device_ids=true, to_apply=%add
+}
+"""  # noqa: E501
+    (row,) = read_ledger(text, {"a b": 2, "x],{(": 4}).collectives
+    assert (row.axis, row.kind, row.payload_bytes) == ("x],{(", "all-reduce", 16)
+
+
+@pytest.mark.parametrize(
+    ("addition", "body", "source"),
+    [
+        ("stack_frame_id=1", "stack_frame_id=2", "model.py:12"),  # who wrote the sum
+        ("", "stack_frame_id=2", "model.py:34"),  # what is summed, in a fusion
+        ("", "", "model.py:56"),  # who uses it
+    ],
+)
+def test_a_sum_without_a_line_gets_that_of_what_is_summed(
+    addition: str, body: str, source: str
+) -> None:
+    text = f"""HloModule m, num_partitions=2
+
+FileNames
+1 "/home/me/model.py"
+
+FileLocations
+1 {{file_name_id=1 line=12}}
+2 {{file_name_id=1 line=34}}
+3 {{file_name_id=1 line=56}}
+
+StackFrames
+1 {{file_location_id=1}}
+2 {{file_location_id=2}}
+3 {{file_location_id=3}}
+
+%add (x: f32[], y: f32[]) -> f32[] {{
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %a = f32[] add(%x, %y), metadata={{op_name="add" {addition}}}
+}}
+
+%made (p: f32[4]) -> f32[4] {{
+  %p = f32[4] parameter(0)
+  %c = f32[4] cosine(%p), metadata={{op_name="jit(f)/cos" {body}}}
+  ROOT %b = f32[4] negate(%c)
+}}
+
+ENTRY %e (w: f32[4]) -> f32[4] {{
+  %w = f32[4] parameter(0), metadata={{op_name="w"}}
+  %f = f32[4] fusion(%w), kind=kLoop, calls=%made
+  %k = f32[4] copy(%f)
+  %r = f32[4] all-reduce(%k), replica_groups={{{{0,1}}}}, to_apply=%add
+  ROOT %s = f32[4] sine(%r), metadata={{op_name="jit(f)/sin" stack_frame_id=3}}
+}}
+"""
+    (row,) = read_ledger(text).collectives
+    assert row.source == source
+
+
 def test_calls_that_fan_out_without_end_are_refused() -> None:
     """Each computation calls the one before it twice: 2^40 runs of the first."""
     shape = "f32[8]{0}"

@@ -211,7 +211,9 @@ class _Walker:
         for found in self._collectives.of(instruction, computation):
             if found.group_size > 1:
                 op_name, source = self._where(found.instruction, instruction)
-                source = source or self._sources.of_user(instruction, computation)
+                source = source or self._sources.near(
+                    found.instruction, instruction, computation, self._module
+                )
                 self._tally.found.append(
                     (found, scope.count, op_name, source, loop, scope.per_iteration)
                 )

@@ -3,7 +3,9 @@
 New text points from `stack_frame_id` into tables at the head of the module; old
 text carries `source_file=` and `source_line=` itself. The innermost frame is
 named. Often that line is the consumer of a value, not what caused a collective: a
-gathered argument has a name and no line, and gets that of the first that uses it.
+gathered argument has a name and no line, and gets that of the first that uses it. A
+sum without a line gets that of its addition, or of what it sums; so does a gathered
+result that nothing uses.
 """
 
 import dataclasses
@@ -44,6 +46,43 @@ class Sources:
             return op_name, self.frames.get(int(frame[1]), "")
         line = _SOURCE_LINE.search(bare)
         return op_name, f"{_base(file[1])}:{line[1]}" if file and line else ""
+
+    def near(
+        self,
+        collective: Instruction,
+        instruction: Instruction,
+        computation: Computation,
+        module: Module,
+    ) -> str:
+        """Returns the line to blame for a collective that has none itself, or "".
+
+        A sum is wanted where its addition is from, or else by what made the parts;
+        anything else by its first user. `instruction` of `computation` is the
+        collective, or what it is inside of.
+        """
+        user = self.of_user(instruction, computation)
+        if name := collective.called("to_apply"):
+            addition = self.of(module.computation(name, collective).root)[1]
+            return addition or self._of_maker(instruction, computation, module) or user
+        return user or self._of_maker(instruction, computation, module)
+
+    def _of_maker(
+        self, instruction: Instruction, computation: Computation, module: Module
+    ) -> str:
+        """Returns the line of the nearest instruction before this one, or ""."""
+        reached = [instruction]
+        for _ in range(_MAX_HOPS):
+            reached = {o.name: o for i in reached for o in computation.operands(i)}
+            reached = list(reached.values())
+            for made in reached:
+                line = self.of(made)[1]
+                if not line and made.opcode == "fusion":
+                    body = module.computation(made.called("calls"), made)
+                    line = self.of(body.root)[1]
+                    line = line or self._of_maker(body.root, body, module)
+                if line:
+                    return line
+        return ""
 
     def of_user(self, instruction: Instruction, computation: Computation) -> str:
         """Returns the line of the nearest instruction after this one, or ""."""
