@@ -5,6 +5,7 @@ import gzip
 import html
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,15 @@ def test_every_form_of_a_program_says_the_same(
         assert found.ledger == expected.ledger
         assert found.memory.peak == expected.memory.peak
         assert (found.memory.xla, found.xla_flops) == (None, None)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:90], lambda b: b[:30] + b[60:]])
+def test_a_file_of_gzip_that_was_not_copied_whole(
+    tmp_path: pathlib.Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(spoil(gzip.compress(bytes(range(256)))))
+    with pytest.raises(ValueError, match=r"a\.txt\.gz cannot be unpacked: .* bytes\)"):
+        analyze(tmp_path / "a.txt.gz")
 
 
 def test_without_a_mesh_text_shows_device_sets(compiled) -> None:

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -154,7 +155,13 @@ def _mesh_of(compiled: Any) -> dict[str, int] | None:
 
 def _from_bytes(data: bytes, name: str) -> Loaded:
     if data.startswith(b"\x1f\x8b"):
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(
+                f"{name} cannot be unpacked: {error} ({len(data):,} bytes). A file that"
+                " begins like gzip's is read whole. Was it copied whole?"
+            ) from None
     head = data[:4096].lstrip()
     if head.startswith((b"HloModule", b"//", b"#")) or b"\nHloModule" in head:
         return Loaded(text=data.decode("utf-8", errors="replace"))
