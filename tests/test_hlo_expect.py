@@ -66,6 +66,22 @@ def gathering(array, mesh: Mesh):
     return jax.jit(run).lower(x, w).compile()
 
 
+@pytest.mark.parametrize(
+    "axis", ["data+tensor", "tensor+data", ("tensor", "data"), ("data", "tensor")]
+)
+def test_several_axes_are_named_in_any_order(array, mesh: Mesh, axis) -> None:
+    names = ("tensor", "data")
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, names), mesh=mesh, in_specs=P(names), out_specs=P()
+    )
+    compiled = jax.jit(total).lower(array((B, D), names)).compile()
+    assert_collectives(compiled, mesh, {axis: {"all-reduce": 1}})
+    with pytest.raises(AssertionError, match=r"no all-reduce over data\+tensor; it"):
+        assert_no_collectives(compiled, mesh, axis=axis, kind="all-reduce")
+    with pytest.raises(ValueError, match="no mesh axis 'tensr'"):
+        assert_collectives(compiled, mesh, {axis: {"all-reduce": 1}, "tensr": {}})
+
+
 def test_counts_are_multiplied_by_loops(step, mesh: Mesh) -> None:
     assert_collectives(step, mesh, {"tensor": {"all-reduce": LAYERS}})
     analysis = analyze(step, mesh)

@@ -22,7 +22,8 @@ from sharding.hlo.tables import peak as peak_table
 
 _KINDS = tuple(dict.fromkeys(COLLECTIVES.values()))
 
-Counts = Mapping[str, Mapping[str, int]]
+Axis = str | tuple[str, ...]
+Counts = Mapping[Any, Mapping[str, int]]  # by Axis; a Mapping's keys are invariant
 
 
 def assert_collectives(
@@ -41,9 +42,9 @@ def assert_collectives(
     Args:
       program: see `analyze`.
       mesh: see `analyze`; for an `Analysis` it must be the one that it was made with.
-      expected: {"tensor": {"all-reduce": 2}}; an axis is one or several joined in mesh
-        order, "data+tensor", or a device set. Kinds are all-reduce, all-gather,
-        reduce-scatter, all-to-all, permute and broadcast.
+      expected: {"tensor": {"all-reduce": 2}}; an axis is one, or several in any order,
+        "data+tensor" or ("data", "tensor"), or a device set. Kinds are all-reduce,
+        all-gather, reduce-scatter, all-to-all, permute and broadcast.
       at_most: fewer are fine too.
       ignore_below_bytes: leave out collectives of a smaller payload each, such as the
         sum of a loss.
@@ -53,7 +54,7 @@ def assert_collectives(
       ValueError: an axis or a kind that there is none of.
     """
     analysis = _analysis(program, mesh)
-    _check_names(analysis, expected)
+    _check_kinds(kind for kinds in expected.values() for kind in kinds)
     rows = [
         row
         for row in analysis.ledger.collectives
@@ -63,7 +64,11 @@ def assert_collectives(
     for row in rows:
         key = (row.axis, row.kind)
         found[key] = found.get(key, 0) + row.count
-    wanted = {(a, k): n for a, kinds in expected.items() for k, n in kinds.items()}
+    wanted: dict[tuple[str, str], int] = {}
+    for asked, kinds in expected.items():
+        axis = _named(analysis, asked)
+        for kind, number in kinds.items():
+            wanted[axis, kind] = wanted.get((axis, kind), 0) + number
     wrong = []
     for key in dict.fromkeys([*wanted, *found]):
         want, have = wanted.get(key, 0), found.get(key, 0)
@@ -88,7 +93,7 @@ def assert_no_collectives(
     program: Program | Analysis,
     mesh: Any = None,
     *,
-    axis: str | None = None,
+    axis: Axis | None = None,
     kind: str | None = None,
     ignore_below_bytes: int = 0,
 ) -> None:
@@ -106,7 +111,8 @@ def assert_no_collectives(
       ValueError: an axis or a kind that there is none of.
     """
     analysis = _analysis(program, mesh)
-    _check_names(analysis, {axis: {}} if axis else {}, [kind] if kind else [])
+    _check_kinds([kind] if kind else [])
+    axis = _named(analysis, axis) if axis else None
     found = [
         row
         for row in analysis.ledger.collectives
@@ -226,26 +232,29 @@ def _analysis(program: Program | Analysis, mesh: Any) -> Analysis:
     return program
 
 
-def _check_names(
-    analysis: Analysis, expected: Counts, kinds: Iterable[str] = ()
-) -> None:
-    kinds = [*kinds, *(kind for each in expected.values() for kind in each)]
+def _check_kinds(kinds: Iterable[str]) -> None:
     for kind in kinds:
         if kind not in _KINDS:
             raise ValueError(
                 f"no kind of collective {kind!r}; the kinds are {', '.join(_KINDS)}."
                 " A name that matches nothing would pass silently. Choose one of these."
             )
-    for axis in expected:
-        names = [] if axis.startswith("devices ") else axis.split("+")
-        unknown = [name for name in names if name not in analysis.axes]
-        if unknown:
-            raise ValueError(
-                f"no mesh axis {unknown[0]!r}; {analysis.name} was read with"
-                f" {dict(analysis.axes) or 'no mesh'}. An axis is one of the mesh, or"
-                ' several joined in mesh order, "data+tensor". Pass the mesh, or choose'
-                " one of its axes."
-            )
+
+
+def _named(analysis: Analysis, axis: Axis) -> str:
+    """Returns an axis, or several in any order, as collectives name them."""
+    if isinstance(axis, str):
+        if axis in analysis.axes or axis.startswith("devices "):
+            return axis
+        axis = tuple(axis.split("+"))
+    unknown = [name for name in axis if name not in analysis.axes]
+    if unknown:
+        raise ValueError(
+            f"no mesh axis {unknown[0]!r}; {analysis.name} was read with"
+            f" {dict(analysis.axes) or 'no mesh'}. An axis is one of the mesh, or"
+            ' several, "data+tensor". Pass the mesh, or choose one of its axes.'
+        )
+    return "+".join(name for name in analysis.axes if name in axis)
 
 
 def _parameters(
