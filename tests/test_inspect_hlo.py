@@ -324,6 +324,11 @@ def test_short_names_keep_what_tells_them_apart() -> None:
     assert names.alike(["l_0/w_1", "l_1/w_1", "l_9/w_1"]) == "l_*/w_1"
 
 
+def test_axes_are_called_what_jax_lets_them_be_called() -> None:
+    named = inputs.parse_mesh("data+fsdp=2, pod/x y=4,模型=1")
+    assert list(named.items()) == [("data+fsdp", 2), ("pod/x y", 4), ("模型", 1)]
+
+
 def test_a_folder_lists_its_programs(
     texts: tuple[str, str], folder: pathlib.Path
 ) -> None:

@@ -122,7 +122,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """
     axes: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*([^\s=](?:[^=]*[^\s=])?)=([1-9]\d*)\s*", part)
         if not match or match[1] in axes:
             raise ValueError(
                 f"cannot read {part!r} in mesh {text!r}; an axis is a name and the"
