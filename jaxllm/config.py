@@ -244,24 +244,36 @@ def from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
     asked = fields.get("model_type", "a model without model_type")
     if asked != "llama":
         raise ValueError(
-            f"config of model_type {asked!r}: only dense decoders of type 'llama' are"
-            " implemented. Give a config.json of the Llama family."
+            f"config of model_type {files.quoted(asked)}: only dense decoders of type"
+            " 'llama' are implemented. Give a config.json of the Llama family."
         )
+    # transformers 5 writes one `rope_parameters`; earlier ones the two older fields.
+    older = _get(fields, "rope_scaling", dict, {})
+    newer = _get(fields, "rope_parameters", dict, {})
+    scalings = [_rope_scaling(each) for each in (older, newer) if each]
+    if scalings[1:] and scalings[0] != scalings[1]:
+        raise ValueError(
+            f"config has rope_scaling={files.quoted(older)} and"
+            f" rope_parameters={files.quoted(newer)}; they are two names of one thing."
+            " Remove the one that is stale."
+        )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        said = newer.get(key, older.get(key))
+        fields = fields if said is None else {**fields, key: said}
     fixed = {
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "pretraining_tp": 1,
+        "partial_rotary_factor": 1.0,
     }
     for key, only in fixed.items():
-        if fields.get(key, only) != only:
+        if fields.get(key) not in (None, only):
             raise ValueError(
-                f"config has {key}={fields[key]!r}; only {only!r} is implemented for"
-                " the Llama family. Use a model that has it so."
+                f"config has {key}={files.quoted(fields[key])}; only {only!r} is"
+                " implemented for the Llama family. Use a model that has it so."
             )
 
-    # transformers 5 writes one `rope_parameters`; earlier ones the two older fields.
-    rope = _get(fields, "rope_parameters", dict, {})
     embed_dim = _get(fields, "hidden_size", int)
     num_heads = _get(fields, "num_attention_heads", int)
     return ModelConfig(
@@ -272,8 +284,8 @@ def from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
         head_dim=_get(fields, "head_dim", int, embed_dim // max(1, num_heads)),
         mlp_dim=_get(fields, "intermediate_size", int),
         vocab_size=_get(fields, "vocab_size", int),
-        rope_theta=_get({**fields, **rope}, "rope_theta", float),
-        rope_scaling=_rope_scaling(rope or _get(fields, "rope_scaling", dict, {})),
+        rope_theta=_get(fields, "rope_theta", float),
+        rope_scaling=scalings[0] if scalings else None,
         norm_eps=_get(fields, "rms_norm_eps", float),
         tie_embeddings=_get(fields, "tie_word_embeddings", bool, False),
     )
@@ -304,8 +316,8 @@ def _rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(
-            f"config has rotary scaling {kind!r}; implemented are 'default' and"
-            " 'llama3'. Use a model with one of these."
+            f"config has rotary scaling {files.quoted(kind)}; implemented are 'default'"
+            " and 'llama3'. Use a model with one of these."
         )
     return RopeScaling(
         factor=_get(fields, "factor", float),

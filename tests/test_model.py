@@ -198,12 +198,39 @@ def test_hugging_face_config_is_the_preset(tmp_path: pathlib.Path) -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 5}, r"num_heads=32.*num_kv_heads=5"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
+        # transformers takes the older of the two names; others may not.
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_scaling=.*llama3.*and rope_parameters=.*default.*one thing",
+        ),
+        ({"rope_parameters": {"type": "linear"}}, "'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        ({"model_type": "x" * 9999}, r"x\.\.\. \(10001 characters\): only"),
         ({"hidden_size": -4096}, "embed_dim=-4096"),
     ],
 )
 def test_other_architectures_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_lib.from_hugging_face({**HUGGING_FACE, **change})
+
+
+def test_the_rotary_embedding_has_two_names() -> None:
+    """Either may say it, or both the same; null says nothing."""
+    scaling = HUGGING_FACE["rope_scaling"]
+    newer = {"rope_theta": 500000.0, **scaling}
+    for change in (
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": newer},
+        {"rope_theta": 1e4, "rope_parameters": newer},
+        {"rope_theta": None, "rope_scaling": newer, "rope_parameters": None},
+        {"partial_rotary_factor": None, "pretraining_tp": None},
+        {"partial_rotary_factor": 1},
+    ):
+        found = config_lib.from_hugging_face({**HUGGING_FACE, **change})
+        assert found == PRESETS["llama-3.1-8b"]
 
 
 def test_a_misspelt_model_names_the_presets() -> None:
