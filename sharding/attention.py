@@ -210,8 +210,7 @@ def token_attention(
     """Returns attention `name` of one token, for use in a partitioned program.
 
     None stands for ordinary operations, which the compiler splits. A kernel is mapped
-    as in `prompt_attention`, whose arguments these are; so are ordinary operations
-    where positions are split.
+    as in `prompt_attention`, whose arguments these are.
 
     Args:
       name: of the attention.
@@ -220,10 +219,9 @@ def token_attention(
       manual: those of `axes` that an enclosing `jax.shard_map` handles.
       interpret: run the kernel as ordinary operations, where there is no GPU.
     """
-    inner = tuple(axis for axis in axes if axis not in manual)
     if name == "einsum":
-        split = [a for a in rules.axes_of("cache_seq", "decode") if a in inner]
-        return _over_parts(rules, inner, *split) if split else None
+        return None
+    inner = tuple(axis for axis in axes if axis not in manual)
     spec = functools.partial(rules.spec, phase="decode", keep=inner)
     queries = spec(("cache_batch", "kv_heads", None, "head_dim"))
     new = spec(("cache_batch", "kv_heads", "head_dim"))
@@ -251,20 +249,24 @@ def token_attention(
     return attend
 
 
-def _over_parts(rules: AxisRules, inner: Sequence[str], split: str) -> TokenAttention:
+def split_attention(
+    rules: AxisRules, axes: Sequence[str], manual: Sequence[str]
+) -> TokenAttention:
     """Returns attention of one token over a cache whose positions are split.
 
     Each device writes if the position is one of its own, attends to those it holds,
     and sends each peer the heads that are the peer's. The compiler, which cannot know
-    whose a position is, would gather the whole cache to write one.
-
-    Args:
-      rules: how sequences and heads are split.
-      inner: axes of the mesh that no enclosing `jax.shard_map` handles.
-      split: that of positions.
+    whose a position is, would gather the whole cache to write one. Ordinary operations,
+    mapped as in `prompt_attention`, whose arguments these are.
     """
-    spec = functools.partial(rules.spec, phase="decode", keep=tuple(inner))
-    heads = [a for a in rules.axes_of("heads", "decode") if a in inner]
+    inner = tuple(axis for axis in axes if axis not in manual)
+    spec = functools.partial(rules.spec, phase="decode", keep=inner)
+    split, heads = (
+        tuple(axis for axis in rules.axes_of(name, "decode") if axis in inner)
+        for name in ("cache_seq", "heads")
+    )
+    # Else every device needs all heads, or those of another split.
+    to_peers = heads == split
 
     def attend_local(
         q: Any, new: KV, kv: KV, positions: Any, keep: Any, index: Any
@@ -279,7 +281,7 @@ def _over_parts(rules: AxisRules, inner: Sequence[str], split: str) -> TokenAtte
         # One message: it takes as long as its latency.
         part = jnp.concatenate([out, *(x[..., None] for x in sums)], axis=-1)
         part = part.reshape(q.shape[0], -1, part.shape[-1])
-        if heads == [split]:
+        if to_peers:
             peers = lax.axis_size(split)
             apart = part.reshape(part.shape[0], peers, -1, part.shape[-1])
             parts = lax.all_to_all(apart, split, split_axis=1, concat_axis=0)
@@ -303,7 +305,10 @@ def _over_parts(rules: AxisRules, inner: Sequence[str], split: str) -> TokenAtte
                 spec(()),
                 spec(()),
             ),
-            out_specs=(spec(("cache_batch", None, "heads", "head_dim")), specs),
+            out_specs=(
+                spec(("cache_batch", None, "heads" if to_peers else None, "head_dim")),
+                specs,
+            ),
             axis_names=set(inner),
             check_vma=False,
         )

@@ -38,6 +38,7 @@ from sharding.attention import (
     Token,
     prompt_attention,
     refusal,
+    split_attention,
     token_attention,
     token_refusal,
 )
@@ -517,6 +518,8 @@ class Program:
         )
 
     def _token_attention(self, platform: str) -> TokenAttention | None:
+        if self._splits_positions:
+            return split_attention(self.partition.rules, MESH_AXES, self._manual)
         return token_attention(
             self.token_attention,
             self.partition.rules,

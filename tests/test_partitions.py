@@ -19,8 +19,10 @@ from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload
 from sharding.program import Program
 from sharding.residual import Residual
+from sharding.rules import AxisRules
 from sharding.run import answers
 from sharding.target import parse_target
+from sharding.tensor import RULES
 
 BATCH, PROMPT, TOKENS = 16, 12, 9
 MODELS = {
@@ -292,6 +294,28 @@ def test_halves_in_turns_equal_one_device(
         overlap="rows", micro_batches=micro_batches,
     )  # fmt: skip
     want_tokens, want_logits = one_device("tiny-3", ragged, batch)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_allclose(logits, want_logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tp4", {"heads": (), "cache_seq": ("tensor",)}),
+        (
+            "dp2_tp2",
+            {"batch": (), "cache_batch": (), "cache_seq": ("data", "tensor")},
+        ),
+    ],
+)
+def test_positions_split_otherwise_than_heads_equal_one_device(
+    name: str, changes: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of one's own."""
+    table = {**RULES["kv_seq"].table, **changes}
+    monkeypatch.setitem(RULES, "own", AxisRules(name="own", table=table))
+    tokens, logits, _ = run("tiny-3", name, "own", "unrolled", False, 4)
+    want_tokens, want_logits = one_device("tiny-3", False, 4)
     np.testing.assert_array_equal(tokens, want_tokens)
     np.testing.assert_allclose(logits, want_logits, atol=1e-4, rtol=1e-4)
 
