@@ -65,35 +65,41 @@ def _refuse(wrong: str) -> NoReturn:
     sys.exit(f"Nothing was validated. {wrong}")
 
 
-def _each(
-    function: Callable[[Measured], Any], measured: Sequence[Measured], console: Console
-) -> tuple[list[Any], list[str]]:
-    """Returns what `function` finds for each point, in order, and all notes."""
+def _workers(measured: Sequence[Measured]) -> Workers:
     # JAX starts in the workers only.
     targets = {one.record.target for one in measured} - {"attached"}
     setup = functools.partial(prepare_environment, sorted(targets))
+    return Workers(_JOBS.value or os.cpu_count() or 1, setup)
+
+
+def _each(
+    function: Callable[[Measured], Any],
+    measured: Sequence[Measured],
+    workers: Workers,
+    console: Console,
+) -> tuple[list[Any], list[str]]:
+    """Returns what `function` finds for each point, in order, and all notes."""
     found, notes = dict[int, Any](), dict[str, None]()
-    with Workers(_JOBS.value or os.cpu_count() or 1, setup) as workers:
-        for event in workers.run(function, measured):
-            if event.kind == "started":
-                continue
-            console.print(f"  {event.item}", style="dim", highlight=False)
-            if event.kind == "broke":
-                notes[f"No prediction of {event.item}: {event.reason}"] = None
-                continue
-            found[id(event.item.record)] = event.value
-            notes |= dict.fromkeys(event.value.notes)
+    for event in workers.run(function, measured):
+        if event.kind == "started":
+            continue
+        console.print(f"  {event.item}", style="dim", highlight=False)
+        if event.kind == "broke":
+            notes[f"No prediction of {event.item}: {event.reason}"] = None
+            continue
+        found[id(event.item.record)] = event.value
+        notes |= dict.fromkeys(event.value.notes)
     order = [id(one.record) for one in measured]
     return [found[name] for name in order if name in found], list(notes)
 
 
 def _compare(
-    measured: Sequence[Measured], console: Console
+    measured: Sequence[Measured], workers: Workers, console: Console
 ) -> tuple[list[described.Pair], list[str]]:
     """Returns programs that ran beside those compiled with no device, and notes."""
     ran = [one for one in measured if one.record.target == "attached"]
     console.print(f"{len(ran)} points, their programs compiled with no device:")
-    found, notes = _each(described.compare, ran, console)
+    found, notes = _each(described.compare, ran, workers, console)
     pairs = [pair for one in found for pair in one.pairs]
     if pairs:
         console.print()
@@ -187,13 +193,14 @@ def main(argv: Sequence[str]) -> None:
         todo = functools.partial(
             predict.predict, chip=_CHIP.value, both_rates=_WRITE.value
         )
-        found, more = _each(todo, measured, console)
-        figures = [f for one in found for f in one.figures]
-        _show(console, figures, [*notes, *more])
-        pairs = list[described.Pair]()
-        if _PROGRAMS.value or _WRITE.value:
-            pairs, others = _compare(measured, console)
-            more += [note for note in others if note not in more]
+        with _workers(measured) as workers:
+            found, more = _each(todo, measured, workers, console)
+            figures = [f for one in found for f in one.figures]
+            _show(console, figures, [*notes, *more])
+            pairs = list[described.Pair]()
+            if _PROGRAMS.value or _WRITE.value:
+                pairs, others = _compare(measured, workers, console)
+                more += [note for note in others if note not in more]
     except KeyboardInterrupt:
         sys.exit("\nStopped; nothing was written.")
     notes += more

@@ -24,12 +24,8 @@ PATH = Path(__file__).with_name("validation.json")
 SCHEMA = 1
 METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
-_KERNELS = (
-    "attention",
-    "token_attention",
-    "residual",
-    "overlap",
-)  # of a phase's record
+# What a phase is written with, by the fields of its record and of its `Program`.
+KERNELS = ("attention", "token_attention", "residual", "overlap")
 NOT_VALIDATED = "not validated here"
 
 
@@ -142,7 +138,7 @@ def kernels_of(record: Record, metric: str) -> str:
     Attention in blocks, whose scores are in memory, says nothing of cuDNN's.
     """
     phase = record.prefill if metric == "ttft" else record.decode
-    found = [getattr(phase, name, None) for name in _KERNELS]
+    found = [getattr(phase, name, None) for name in KERNELS]
     return ", ".join(kernel for kernel in found if kernel)
 
 

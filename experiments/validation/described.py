@@ -13,7 +13,7 @@ from experiments import evaluate
 from experiments.report import units
 from experiments.report.record import PhaseRecord
 from experiments.report.tables import Table, markdown
-from experiments.validation.predict import AsMeasured, Measured, NotAgain, point_of
+from experiments.validation.predict import AsMeasured, Measured
 
 # Executions and payload bytes, by mesh axis and kind.
 Sent = Mapping[tuple[str, str], tuple[int, int]]
@@ -65,24 +65,15 @@ def compare(measured: Measured) -> Described:
     Raises:
       ValueError: its devices are not described, or a program cannot be counted.
     """
-    record = measured.record
-    if record.target != "attached":
-        return Described(pairs=(), notes=())
     pairs, notes = list[Pair](), dict[str, None]()
     for phase in evaluate.PHASES:
-        ran: PhaseRecord | None = getattr(record, phase)
+        ran: PhaseRecord | None = getattr(measured.record, phase)
         if ran is None:
             continue
-        compiler = AsMeasured(measured, record.chip, without_devices=True)
-        point = point_of(record, compiler.name)
-        try:
-            answer = evaluate.evaluate_phase(point, phase, compiler)
-        except NotAgain as error:
-            notes[str(error)] = None
-            continue
+        compiler = AsMeasured(measured, measured.record.chip, without_devices=True)
+        answer = compiler.answer(phase)
         notes |= dict.fromkeys(compiler.notes)
-        if answer.record is None:
-            notes[f"No {phase} of {measured}: {answer.reason}"] = None
+        if answer is None or answer.record is None:
             continue
         pairs.append(
             Pair(what=str(measured), phase=phase, ran=ran, described=answer.record)

@@ -21,7 +21,7 @@ from sharding.target import GPUS, Target, parse_target
 
 _PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
 # Fields of a `Program` that say how it is written, under the same name in a record.
-_WRITING = ("layers", "attention", "token_attention", "residual", "overlap")
+_WRITING = ("layers", *validated.KERNELS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,17 +73,11 @@ def predict(
     for metric, phase in _PHASES.items():
         for name in priced:
             compiler = AsMeasured(measured, name)
-            point = point_of(record, compiler.name)
-            try:
-                answer = evaluate.evaluate_phase(point, phase, compiler)
-            except NotAgain as error:
-                notes[str(error)] = None
-                continue
+            answer = compiler.answer(phase)
             notes |= dict.fromkeys(compiler.notes)
-            if answer.parts is None:
-                notes[f"No {phase} of {measured}: {answer.reason}"] = None
+            if answer is None or answer.parts is None:
                 continue
-            rates = compiler.target(point).chip
+            rates = compiler.target(compiler.point).chip
             figures.append(figure(measured, metric, rates, answer.parts.total_s))
     return Found(figures=tuple(figures), notes=tuple(notes))
 
@@ -102,6 +96,7 @@ class AsMeasured(evaluate.Compiler):
 
     Attributes:
       name: of the described target.
+      point: the question that the record answers, asked of that target.
       notes: how they were come by, where that matters.
 
     Raises:
@@ -110,10 +105,23 @@ class AsMeasured(evaluate.Compiler):
 
     def __init__(self, measured: Measured, chip: str, *, without_devices: bool = False):
         self.name = described(measured.record)
+        self.point = point_of(measured.record, self.name)
         self.notes: list[str] = []
         self._measured = measured
         self._chip = chip
         self._without_devices = without_devices
+
+    def answer(self, phase: Phase) -> evaluate.PhaseAnswer | None:
+        """Returns what becomes of a phase; None if nothing, and a note says why."""
+        try:
+            answer = evaluate.evaluate_phase(self.point, phase, self)
+        except NotAgain as error:
+            self.notes.append(str(error))
+            return None
+        if answer.record is None:
+            self.notes.append(f"No {phase} of {self._measured}: {answer.reason}")
+            return None
+        return answer
 
     def target(self, point: Point) -> Target:
         return parse_target(self.name, self._chip).first(point.num_devices)
