@@ -34,27 +34,22 @@ TokenAttention = Callable[[Array, KV, CacheLayer, Array], tuple[Array, CacheLaye
 _CACHED = ("cache_batch", "seq", "kv_heads", "head_dim")
 
 
-def _for_cache(k: Array, v: Array, kv_heads: int, place: Place) -> KV:
+def _for_cache(
+    k: Array, v: Array, kv_heads: int, place: Place, length: int | None = None
+) -> KV:
     """Returns [B, T, K, H] keys and values as the cache wants them, [B, K, T, H].
 
     With more tensor shards than key/value heads, each head is computed several
-    times; a cache that is not split over heads keeps one copy.
+    times; a cache that is not split over heads keeps one copy. With `length`, zeros
+    follow up to so many positions, and these are placed, not the heads.
     """
     repeat = k.shape[2] // kv_heads
 
     def one(x: Array) -> Array:
-        return jnp.swapaxes(place(x[:, :, ::repeat], _CACHED), 1, 2)
-
-    return KV(one(k), one(v))
-
-
-def _for_all_positions(k: Array, v: Array, cache: CacheLayer, place: Place) -> KV:
-    """Returns what `_for_cache` does, and zeros up to the end of the cache."""
-    *_, kv_heads, length, _ = cache.kv.k.shape
-    repeat = k.shape[2] // kv_heads
-
-    def one(x: Array) -> Array:
-        x = jnp.swapaxes(x[:, :, ::repeat], 1, 2)
+        x = x[:, :, ::repeat]
+        if length is None:
+            return jnp.swapaxes(place(x, _CACHED), 1, 2)
+        x = jnp.swapaxes(x, 1, 2)
         x = jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
         return place(x, CACHE_AXES)
 
@@ -77,10 +72,8 @@ def prompt_attend(
     """
 
     def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
-        if fill:
-            kept = _for_all_positions(k, v, cache, place)
-        else:
-            kept = _for_cache(k, v, cache.kv.k.shape[-3], place)
+        *_, kv_heads, length, _ = cache.kv.k.shape
+        kept = _for_cache(k, v, kv_heads, place, length if fill else None)
         return attention(q, k, v), cache.write(kept, 0, place)
 
     return attend

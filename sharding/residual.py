@@ -53,9 +53,8 @@ def refusal(
     if not partition.sums_stream("decode"):
         return (
             f"residual {name!r} with rules {partition.rules.name!r} of"
-            f" {partition.name}: the"
-            " kernel sums over `tensor`, which must split heads and MLP and nothing"
-            f" else. Use the rules 'megatron'. {rest}"
+            f" {partition.name}: the kernel sums over `tensor`, which must split heads"
+            f" and MLP and nothing else. Use the rules 'megatron'. {rest}"
         )
     sent = tokens * config.embed_dim * 2 * (partition.tensor - 1)
     if sent > MOST_BYTES:

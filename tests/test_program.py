@@ -4,12 +4,12 @@ What the optimised HLO holds is compared with closed forms: FLOPs, bytes, collec
 and memory of one device.
 """
 
-import dataclasses
 import functools
 from collections import Counter
 
 import pytest
 
+from jaxllm import config as config_lib
 from jaxllm.config import PRESETS
 from jaxllm.model import Layers
 from sharding.hlo import Ledger, read_ledger
@@ -51,7 +51,7 @@ def compiled(
 ) -> tuple[Program, CompiledProgram, Ledger]:
     program = Program(
         phase=phase,
-        config=PRESETS[model],
+        config=config_lib.load(model),
         partition=Partition.parse(name, rules),
         workload=Workload(batch_size=batch, input_len=2048, output_len=128),
         layers=layers,
@@ -230,17 +230,10 @@ def test_kv_seq_moves_no_cache(
     target: str, name: str, layers: Layers, ticks: Ticks, phase: Phase
 ) -> None:
     """Each device writes what is its own; a prompt's keys change hands once."""
-    config = dataclasses.replace(PRESETS["llama-3.1-70b"], num_layers=2)
-    program = Program(
-        phase=phase,
-        config=config,
-        partition=Partition.parse(name, "kv_seq"),
-        workload=Workload(batch_size=16, input_len=2048, output_len=128),
-        layers=layers,
-        ticks=ticks,
+    program, result, ledger = compiled(
+        target, "llama-3.1-70b@2", name, phase, layers, 16, "kv_seq", ticks
     )
-    result = program.compile(parse_target(target))
-    ledger = read_ledger(result.text, program.partition.axes)
+    config = program.config
     rows = 16 // program.layout.groups
     if phase == "decode":
         # Partial results of attention in float32, their maxima and sums, or the stream;

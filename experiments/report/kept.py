@@ -7,11 +7,9 @@ of the estimate, and no compiler is needed to price it with other rates.
 """
 
 import dataclasses
-import gzip
 import json
 import lzma
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,6 @@ from experiments.report.record import Point, Record, decode
 from sharding.program import CompiledProgram, Memory
 
 FOLDER = "programs"
-# By the end of a file's name: small, to be committed, or soon done, as in a cache.
-_PACKERS: Mapping[str, Any] = {".xz": lzma, ".gz": gzip}
-_DAMAGE = (lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def path(folder: Path, point: Point | Record, phase: str) -> Path:
@@ -37,7 +32,7 @@ def write(file: Path, compiled: CompiledProgram, made: Mapping[str, Any]) -> Non
     """Writes a program in one step.
 
     Args:
-      file: from `path`; or one that ends in .gz, which is larger and sooner done.
+      file: from `path`.
       compiled: the program.
       made: by which `commit` and `versions`, and whether for `attached` devices.
     """
@@ -49,7 +44,7 @@ def write(file: Path, compiled: CompiledProgram, made: Mapping[str, Any]) -> Non
     figures["memory"] = dataclasses.asdict(compiled.memory)
     head = json.dumps({"made": dict(made), "compiled": figures})
     text = f"{head}\n{compiled.text}"
-    files.replace(file, _PACKERS[file.suffix].compress(text.encode()))
+    files.replace(file, lzma.compress(text.encode()))
 
 
 def read(file: Path) -> tuple[CompiledProgram, dict[str, Any]]:
@@ -59,13 +54,12 @@ def read(file: Path) -> tuple[CompiledProgram, dict[str, Any]]:
       ValueError: the file is damaged.
     """
     try:
-        data = _PACKERS[file.suffix].decompress(file.read_bytes())
-        head, _, text = data.decode().partition("\n")
+        head, _, text = lzma.decompress(file.read_bytes()).decode().partition("\n")
         header = json.loads(head)
         figures, made = header["compiled"], dict(header["made"])
         memory = decode(Memory, figures.pop("memory"), "memory")
         compiled = CompiledProgram(text=text, memory=memory, executable=None, **figures)
-    except (*_DAMAGE, EOFError, ValueError, TypeError, KeyError) as error:
+    except (lzma.LZMAError, EOFError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"cannot read {file}: {type(error).__name__}, {error}. It holds a compiled"
             " program. Restore it, or remove it to have the program"
