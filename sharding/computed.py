@@ -18,11 +18,11 @@ def widen(tree: Tree, config: ModelConfig, model: ModelConfig) -> Tree:
     """Returns one part of the published model as it is computed.
 
     Args:
-      tree: parameters of a block, or of the ends.
+      tree: parameters of a block, or some of the ends.
       config: the model as published.
       model: the model as computed.
     """
-    if "embedding" in tree:
+    if "attention" not in tree:
         return _resize_ends(tree, config.vocab_size, model.vocab_size)
     return {
         **tree,
@@ -36,7 +36,7 @@ def widen(tree: Tree, config: ModelConfig, model: ModelConfig) -> Tree:
 
 def narrow(tree: Tree, config: ModelConfig, model: ModelConfig) -> Tree:
     """Returns one part of the computed model as it is published."""
-    if "embedding" in tree:
+    if "attention" not in tree:
         return _resize_ends(tree, model.vocab_size, config.vocab_size)
     return {
         **tree,
@@ -85,10 +85,11 @@ def _resize_mlp(tree: Tree, old: ModelConfig, new: ModelConfig) -> Tree:
 def _resize_ends(tree: Tree, old: int, new: int) -> Tree:
     if old == new:
         return tree
-    ends = {**tree, "embedding": _resize(tree["embedding"], 0, new)}
-    if "w_head" in tree:
-        ends["w_head"] = _resize(tree["w_head"], 1, new)
-    return ends
+    axes = {"embedding": 0, "w_head": 1}
+    return {
+        name: _resize(leaf, axes[name], new) if name in axes else leaf
+        for name, leaf in tree.items()
+    }
 
 
 def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:

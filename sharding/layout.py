@@ -276,9 +276,9 @@ class Layout:
         return Params(ends=ends, blocks=stacked)
 
     def store(self, part: Tree) -> Tree:
-        """Returns a block, or the ends, of the published model as they are stored."""
+        """Returns a block, or some ends, of the published model as they are stored."""
         part = widen(part, self.config, self.model)
-        if "embedding" in part:
+        if "attention" not in part:
             return part
         return quantize_block(part, self.model, self.weights)
 

@@ -84,6 +84,7 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
       mesh: its devices.
       arrays: every part in the order of `parts`, lying as `shapes` says. Each is let
         go before the next is asked for, so one part at most stands beside the result.
+        Those of the ends, which are large, go one by one: their tree is emptied.
 
     Raises:
       ValueError: parts are missing, or come in another order.
@@ -97,6 +98,18 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
         if layout.model == layout.config and layout.weights is None:
             return lambda tree: jax.tree.map(_moved, tree, homes)
         return jax.jit(layout.store, out_shardings=homes)
+
+    def to_home(home: Tree) -> Callable[[Tree], Tree]:
+        if layout.model.vocab_size == layout.config.vocab_size:
+            return lambda tree: jax.tree.map(_moved, tree, home)
+
+        def fill(tree: Tree) -> Tree:
+            # In bits, for CPUs move bfloat16 as float32.
+            filled = layout.store(jax.tree.map(_bits, tree))
+            floats = functools.partial(lax.bitcast_convert_type, new_dtype=layout.dtype)
+            return jax.tree.map(floats, filled)
+
+        return jax.jit(fill, out_shardings=home)
 
     @functools.cache
     def putting(sharding: Any) -> Any:
@@ -113,8 +126,8 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
         even = jax.tree.map(
             lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[lead:])), block
         )
-    to_ends, to_block, to_wide = map(widened, (wanted.ends, block, even))
-    # Made when the first layer comes, for the ends are the largest arrays to move.
+    to_block, to_wide = map(widened, (block, even))
+    # Made when the first layer comes, after the ends have moved.
     to_empty = functools.partial(
         layout.zeros, named.blocks if layout.layers == "scanned" else named.blocks[0]
     )
@@ -130,7 +143,11 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
                     " once."
                 )
             if part == "ends":
-                ends = to_ends(tree)
+                # One array after the other, for these are the largest there are.
+                ends = {}
+                for name in sorted(tree):
+                    to_end = to_home({name: wanted.ends[name]})
+                    ends |= jax.block_until_ready(to_end({name: tree.pop(name)}))
             elif not stacked:
                 blocks[part] = to_block(tree)
             else:
