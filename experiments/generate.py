@@ -214,10 +214,11 @@ def main(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         notes.print("Stopped before the first token.")
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # Who read our text has enough of it; nothing is left to say to anyone.
+    except OSError as error:
+        # What is left of the text is not tried again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        # Who closed the pipe has enough of it; a full disk is news.
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Stopped: {error}")
     if not whole:
         sys.exit(_INTERRUPTED)
 

@@ -336,6 +336,22 @@ def test_refusals_are_listed(folder: pathlib.Path) -> None:
     assert done.stderr.startswith("Nothing was started. 2 to put right:\n  - top_p=2.0")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_is_said_in_a_line(folder: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "experiments.generate", "--prompt=x", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, f"--checkpoint={folder}", "--max_new_tokens=2"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Stopped: [Errno 28]")
+
+
 def test_what_only_loading_shows_is_said_in_a_line(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
