@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.cache import KV
 from jaxllm.triton import PROGRAMS, ROWS, cost, num_bytes
 
-BLOCK = 128  # positions of the cache that a program holds at a time
+BLOCK = 64  # positions of the cache that a program holds at a time
 _MASKED = -1e30
 _LOG2_E = math.log2(math.e)
 
@@ -33,7 +33,7 @@ def splits_of(sequences: int, heads: int, length: int, block: int = BLOCK) -> in
 
     Example:
       >>> splits_of(1, 8, 1152), splits_of(16, 8, 1152), splits_of(64, 8, 1152)
-      (9, 3, 1)
+      (18, 3, 1)
     """
     wanted = math.ceil(PROGRAMS / (sequences * heads))
     return max(1, min(wanted, length // block))
@@ -50,7 +50,7 @@ def token_attention(
     block: int = BLOCK,
     splits: int | None = None,
     num_warps: int = 4,
-    num_stages: int = 3,
+    num_stages: int = 2,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B K G H"], KV]:
     """Returns attention over the cache and the new token, and the cache with it.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS
-from jaxllm.product_kernel import parts_of, split_product
+from jaxllm.product_kernel import parts_of, split_product, tile_of
 from sharding.hlo.ledger import read_ledger
 from sharding.partition import Partition, Workload
 from sharding.program import Program
@@ -40,7 +40,7 @@ def test_no_part_is_empty_and_all_are_small() -> None:
         (1, 2048, 4096), (16, 2048, 4096), (16, 128, 64), (64, 7168, 4096)
     ]:  # fmt: skip
         parts = parts_of(rows, depth, columns)
-        pieces = -(-depth // 128)
+        pieces = -(-depth // tile_of(rows).depth)
         assert (parts - 1) * -(-pieces // parts) < pieces
         assert parts == 1 or parts * rows * 4 * 2 <= depth * 2 / 4
 

@@ -72,7 +72,7 @@ def test_equals_plain_attention(
 
 
 def test_positions_are_split_where_heads_are_few() -> None:
-    assert splits_of(1, 8, 1152) == 9
+    assert splits_of(1, 8, 1152) == 18
     assert splits_of(16, 8, 1152) == 3
     assert splits_of(256, 8, 1152) == 1
     assert splits_of(1, 1, 64) == 1
