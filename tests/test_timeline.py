@@ -361,6 +361,46 @@ def test_sizes_of_products_are_read_from_fusions() -> None:
     assert _products(text) == [(1, 6, 48, 64, 64 * 48)]
 
 
+@pytest.mark.parametrize(("stored", "item_bytes"), [("bf16", 2), ("s8", 1)])
+def test_weights_that_a_loop_carries_keep_their_dtype(
+    stored: str, item_bytes: int
+) -> None:
+    """[6, 64] @ [64, 48] by cuBLAS, from a carry of both."""
+    convert = "" if stored == "bf16" else "%w = bf16[64,48] convert(%v)"
+    carry = f"(s32[], bf16[6,64], {stored}[64,48])"
+    text = f"""HloModule m, is_scheduled=true
+%body (p: {carry}) -> {carry} {{
+  %p = {carry} parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[6,64] get-tuple-element(%p), index=1
+  %v = {stored}[64,48] get-tuple-element(%p), index=2
+  {convert}
+  %g = (bf16[6,48], s8[32]) custom-call(%x, {"%w" if convert else "%v"}), custom_call_target="__cublas$lt$matmul", backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}}}}
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  ROOT %t = {carry} tuple(%j, %x, %v)
+}}
+%more (p: {carry}) -> pred[] {{
+  %p = {carry} parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(3)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}}
+ENTRY %main (x: bf16[6,64], v: {stored}[64,48]) -> {carry} {{
+  %x = bf16[6,64] parameter(0)
+  %v = {stored}[64,48] parameter(1)
+  %zero = s32[] constant(0)
+  %t = {carry} tuple(%zero, %x, %v)
+  ROOT %w = {carry} while(%t), condition=%more, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""  # noqa: E501
+    loops = [s for s in read_ledger(text).steps if isinstance(s, Block)]
+    (step,) = [s for s in loops[0].steps if isinstance(s, Step) and s.products]
+    (product,) = step.products
+    assert (product.m, product.n, product.k) == (6, 48, 64)
+    assert product.weight_bytes == 64 * 48 * item_bytes
+
+
 def test_cycles_of_the_compiler_are_apart() -> None:
     """XLA:TPU writes what it expects of each fusion; nothing is made of that here."""
     text = _PROGRAM.format(

@@ -90,8 +90,7 @@ class ProductFinder:
         weights = operands[1]
         if given == [True, False] or (given[0] == given[1] and lhs.size > rhs.size):
             weights, m, n = operands[0], n, m
-        stored = source(computation, weights.name).shape
-        bits = ELEMENT_BITS[stored.dtype if stored.dtype in ELEMENT_BITS else "s8"]
+        bits = ELEMENT_BITS[_stored_dtype(computation, weights)]
         wide = max((lhs, rhs), key=lambda shape: ELEMENT_BITS[shape.dtype])
         return Product(
             batch=batch,
@@ -125,6 +124,19 @@ def source(computation: Computation, name: str) -> Instruction:
     while found.opcode in _SAME and found.operands:
         found = computation.by_name[found.operands[0]]
     return found
+
+
+def _stored_dtype(computation: Computation, array: Instruction) -> str:
+    """Returns the dtype of an array where it came from.
+
+    Of a loop's carry or another tuple, that of the element that is taken from it.
+    """
+    dtype = array.shape.dtype
+    while array.opcode in _SAME and array.operands:
+        array = computation.by_name[array.operands[0]]
+        if array.shape.dtype in ELEMENT_BITS:
+            dtype = array.shape.dtype
+    return dtype
 
 
 def is_given(computation: Computation, name: str) -> bool:
