@@ -178,7 +178,7 @@ class Program:
             )
         if reason := refusal(self.attention, self.config, self.dtype):
             raise ValueError(reason)
-        if reason := self._token_refusal():
+        if reason := self.token_refusal(self.token_attention):
             raise ValueError(reason)
         if reason := self._residual_refusal():
             raise ValueError(reason)
@@ -228,14 +228,15 @@ class Program:
             drawn=not self.sampling.is_greedy,
         )
 
-    def _token_refusal(self) -> str | None:
-        if self.token_attention == "einsum":
+    def token_refusal(self, name: Token) -> str | None:
+        """Returns why attention of a token cannot be `name`, None if it can."""
+        if name == "einsum":
             return None
         layout, partition = self.layout, self.partition
         layers = -(-self.config.num_layers // partition.stage)
         bytes_each = layout.device_bytes(layout.named_state().cache) // (2 * layers)
         return token_refusal(
-            self.token_attention,
+            name,
             layout.model,
             is_apart=self.layers == "unrolled"
             and (partition.stage == 1 or self.ticks == "unrolled"),

@@ -1,6 +1,7 @@
 """One table says how programs are written for a target."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -107,6 +108,29 @@ def test_cudnn_is_for_prompts_on_nvidia_gpus(
 ) -> None:
     found = choices.choose(program(phase, dtype=dtype), on(platform, attached))
     assert found.attention == attention
+
+
+@pytest.mark.parametrize(
+    ("name", "attached", "dtype", "kv", "layers", "token"),
+    [
+        ("tp1", True, "bfloat16", None, "auto", "triton"),
+        ("tp1", False, "bfloat16", None, "auto", "einsum"),
+        ("tp2", True, "bfloat16", None, "auto", "einsum"),  # not timed
+        ("tp1", True, "float32", None, "auto", "einsum"),
+        ("tp1", True, "bfloat16", "int8", "auto", "einsum"),  # the kernel cannot
+        ("tp1", True, "bfloat16", None, "scanned", "einsum"),
+    ],
+)
+def test_the_kernel_of_a_token_is_where_it_was_timed_and_can_be(
+    name: str, attached: bool, dtype: str, kv: Any, layers: str, token: str
+) -> None:
+    asked = dataclasses.replace(program("decode", name, dtype=dtype), kv=kv)
+    found = choices.choose(asked, on("cuda", attached), layers=layers)
+    assert found.token_attention == token
+    plain = choices.choose(
+        asked, on("cuda"), layers=layers, changes={"token_attention": "einsum"}
+    )
+    assert plain.token_attention == "einsum"
 
 
 def test_both_phases_share_parameters_and_cache() -> None:

@@ -144,7 +144,9 @@ class Calibration:
         header = self.header
         kinds = dict.fromkeys(header.devices)
         what = " and ".join(f"{header.devices.count(k)} x {k}" for k in kinds)
-        return f"measured on {what}, {self.date}, jax {header.versions.get('jax', '?')}"
+        links = "" if self.select("collective") else ", links as published"
+        jax = header.versions.get("jax", "?")
+        return f"measured on {what}, {self.date}, jax {jax}{links}"
 
     @property
     def date(self) -> str:
