@@ -34,7 +34,11 @@ from experiments.validation.predict import Measured
 from tests import fakes
 
 # Equal programs share what the compiler made.
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = [
+    pytest.mark.usefixtures("compile_once"),
+    # Said by jax 0.12 when it compiles a kernel for a GPU; see docs/performance.md.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is depr"),
+]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMITTED = validated.read(validated.PATH)
@@ -94,14 +98,18 @@ class TestCommitted:
 
     def test_programs_need_no_device(self) -> None:
         """Collectives and FLOPs are those of the programs that ran, to the last."""
-        least = min(self.measured, key=lambda one: one.record.batch_size)
+        (least,) = (
+            one
+            for one in self.measured
+            if (one.record.partition, one.record.batch_size) == ("tp2", 1)
+        )
         found = described.compare(least)
         assert len(found.pairs) == 2
         for pair in found.pairs:
             assert pair.same_collectives
             assert pair.described.flops == pair.ran.flops
         text = committed.PAGE.read_text()
-        assert described.sent(found.pairs[0].ran) or least.record.num_devices == 1
+        assert described.sent(found.pairs[0].ran)
         for row in described.work(found.pairs)[1]:
             assert " | ".join(row) in text
 
@@ -136,7 +144,7 @@ class TestErrors:
     def test_what_is_not_committed_is_told(self) -> None:
         told = summary.drifts([_figure(rates="measured today")], [_figure()])
         assert "1 of 1 figures are not in the committed ones" in told[0]
-        assert "h100 at measured today" in told[0]
+        assert "h100, measured today" in told[0]
         assert summary.drifts([_figure(measured_s=0.02)], [_figure()])
 
 

@@ -33,6 +33,7 @@ _DISPENSABLE = ("limited by", "% of limit", "tokens/s", "memory", "frontier")
 _DISPENSABLE_OF_MEASURED = ("limit", "spread", "tokens/s")
 # Bit of each of a braille character's 2 x 4 dots, [row][column]; U+2800 is empty.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+_LONG = 40  # characters; more are words
 
 
 def show(console: Console, question: Question, objective: Objective) -> None:
@@ -40,7 +41,7 @@ def show(console: Console, question: Question, objective: Objective) -> None:
     console.print()
     console.rule(f"[bold]{escape(words.title(question))}[/], {words.size(question)}")
     q = question
-    rates = f" at {words.rates(q)}" if words.rates(q) else ""
+    rates = f"; {words.rates(q)}" if words.rates(q) else ""
     console.print(
         f"{q.stored}, {q.input_len:,} tokens in, {q.output_len:,} out{rates};"
         f" {words.outcome(q)}.",
@@ -167,11 +168,12 @@ def table(
     out = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     for i in kept:
         figures = all(tables.is_figure(row[i]) for row in rows)
-        last = i == kept[-1]
+        # What is long enough to be words may be broken, figures never.
+        long = i == kept[-1] or max((len(row[i]) for row in rows), default=0) > _LONG
         out.add_column(
             Text(headings[i]),
             justify="right" if figures and headings[i] != "frontier" else "left",
-            no_wrap=not last,
+            no_wrap=not long,
             overflow="fold",
         )
     for previous, row in zip([None, *rows], rows, strict=False):

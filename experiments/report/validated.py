@@ -84,7 +84,7 @@ class Figure:
     @property
     def label(self) -> str:
         """The partition, with its rules and choices if they are not the usual ones."""
-        own = {self.rules, self.choices} - {MEGATRON.name, ""}
+        own = {self.rules, self.choices.replace(",", ", ")} - {MEGATRON.name, ""}
         return " ".join([self.partition, *sorted(own)])
 
     @property

@@ -180,7 +180,7 @@ def drifts(now: Sequence[Figure], committed: Sequence[Figure]) -> list[str]:
         return [
             f"{len(missing)} of {len(now)} figures are not in the committed ones, such"
             f" as {one.metric.upper()} of {one.partition} at batch {one.batch_size},"
-            f" {one.chip} at {one.rates}"
+            f" {one.chip}, {one.rates}"
         ]
     after = {_group(s): s.mape for s in summaries([f for f, _ in pairs])}
     was = {_group(s): s.mape for s in summaries([f for _, f in pairs if f])}
@@ -212,7 +212,10 @@ def _point_of(figure: Figure) -> tuple[Any, ...]:
 def _points(
     figures: Sequence[Figure],
 ) -> dict[tuple[Any, ...], list[dict[str, Figure]]]:
-    """Returns points that differ in their partition alone, each metric -> figure."""
+    """Returns points that differ in their partition alone, each metric -> figure.
+
+    Programs that were asked to be written otherwise are another question.
+    """
     points: dict[tuple[Any, ...], dict[str, Figure]] = {}
     for f in figures:
         points.setdefault(_point_of(f), {})[f.metric] = f
@@ -221,7 +224,7 @@ def _points(
         f = next(iter(point.values()))
         where = (
             f.model, f.chip, f.rates, f.dtypes, f.layers, f.batch_size,
-            f.input_len, f.output_len,
+            f.input_len, f.output_len, f.choices,
         )  # fmt: skip
         groups.setdefault(where, []).append(point)
     return groups

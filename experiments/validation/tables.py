@@ -120,8 +120,8 @@ def titles(figures: Sequence[Figure]) -> list[tuple[str, list[Figure]]]:
     groups: dict[str, list[Figure]] = {}
     for f in figures:
         name = (
-            f"{f.model} on {f.chip} at {f.rates}, {f.dtypes},"
-            f" {f.input_len:,} tokens in, {f.output_len:,} out"
+            f"{f.model} on {f.chip}, {f.dtypes}, {f.input_len:,} tokens in,"
+            f" {f.output_len:,} out; {f.rates}"
         )
         groups.setdefault(name, []).append(f)
     return list(groups.items())
@@ -132,7 +132,8 @@ def as_markdown(figures: Sequence[Figure]) -> str:
     parts = []
     for title, group in titles(figures):
         tables = (errors(group), orders(rankings(group)), points(group))
-        parts += [f"### {title}", headline(group), *map(markdown, tables)]
+        parts += [f"### {title}", headline(group).strip()]
+        parts += [markdown(table) for table in tables if table[1]]
     return "\n\n".join(parts)
 
 
