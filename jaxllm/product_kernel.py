@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from jaxllm.triton import PROGRAMS, ROWS, cost, num_bytes
+from jaxllm.triton import CORES, PROGRAMS, ROWS, cost, num_bytes
 
 MOST_ROWS = 64  # more are no longer read at the pace of the weight
 
@@ -55,15 +55,17 @@ def tile_of(rows: int) -> Tile:
 def parts_of(rows: int, depth: int, columns: int, tile: Tile | None = None) -> int:
     """Returns into how many parts the depth of a product is cut.
 
-    Enough for `PROGRAMS` in all, but the parts of the result must stay small beside the
-    weight: written and read once, at most an eighth of it.
+    Enough for `PROGRAMS` in all; of tiles with many rows, of which a core holds one,
+    for no second turn. But the parts of the result must stay small beside the weight:
+    written and read once, at most an eighth of it.
 
     Example:
       >>> parts_of(1, 2048, 4096), parts_of(16, 2048, 4096), parts_of(1, 4096, 28672)
       (5, 4, 1)
     """
     tile = tile or tile_of(rows)
-    wanted = math.ceil(PROGRAMS / math.ceil(columns / tile.columns))
+    across = math.ceil(columns / tile.columns)
+    wanted = CORES // across if tile.rows > ROWS else math.ceil(PROGRAMS / across)
     pieces = math.ceil(depth / tile.depth)
     most = max(1, min(wanted, pieces, depth // (32 * rows)))
     return math.ceil(pieces / math.ceil(pieces / most))  # none of them empty

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 ROWS = 16  # in the smallest product that the matrix units do
-PROGRAMS = 2 * 132  # enough to fill a GPU: two a core of an H100
+CORES = 132  # of an H100
+PROGRAMS = 2 * CORES  # small ones, enough to fill a GPU
 
 
 def cost(*, matmul_flops: int, other_flops: int, hbm_bytes: int) -> dict[str, str]:
