@@ -162,6 +162,34 @@ def product_ratios(
     return {shape: tuple(sorted(points)) for shape, points in found.items()}
 
 
+@functools.lru_cache(maxsize=64)
+def stored_ratios(
+    calibration: Calibration,
+    dtype: str,
+    weights: str,
+    roofline_s: Roofline,
+    wide_s: Roofline,
+) -> Mapping[tuple[int, int], tuple[tuple[float, float], ...]]:
+    """Returns `product_ratios` of weights in a narrower dtype than the product's.
+
+    With more rows than were measured of them, widening them no longer shows: from
+    there on the ratios are those of the same [k, n] in the dtype of the product.
+
+    Args:
+      calibration: of the chip.
+      dtype: of the products.
+      weights: dtype in which [k, n] is stored.
+      roofline_s: of such products.
+      wide_s: of products whose [k, n] is stored in `dtype`.
+    """
+    found = product_ratios(calibration, dtype, weights, roofline_s)
+    wide = product_ratios(calibration, dtype, dtype, wide_s)
+    return {
+        shape: (*points, *(p for p in wide.get(shape, ()) if p[0] > points[-1][0]))
+        for shape, points in found.items()
+    }
+
+
 def near_ratio(
     shapes: Mapping[tuple[int, int], tuple[tuple[float, float], ...]],
     m: int,

@@ -63,7 +63,8 @@ def matmul_s(
 
     times how much longer it took at the measured shapes near it: of each [k, n]
     between the nearest m; of several [k, n] weighted by their distance
-    (`curves.near_ratio`).
+    (`curves.near_ratio`). Weights stored narrower, with more rows than were measured
+    so, take as much longer as wide ones (`curves.stored_ratios`).
 
     Args:
       chip: of one device, from `Chip.per_device`.
@@ -92,7 +93,8 @@ def matmul_s(
         sorted(stored), key=lambda w: abs(_item_bytes(chip, w) - roofline.weight_bytes)
     )
     measured = _roofline(chip, dtype, _item_bytes(chip, near))
-    shapes = curves.product_ratios(chip.calibrated, dtype, near, measured)
+    wide = _roofline(chip, dtype, item)
+    shapes = curves.stored_ratios(chip.calibrated, dtype, near, measured, wide)
     return ideal_s * curves.near_ratio(shapes, m, n, k)
 
 

@@ -177,6 +177,13 @@ def test_weights_in_eight_bits_are_priced_by_such() -> None:
     assert found == pytest.approx(3 * _product_s(1, 4096, 4096, 0.5))
 
 
+@pytest.mark.parametrize("m", [1024, 16384])
+def test_widening_weights_does_not_show_with_many_rows(m: int) -> None:
+    """None so many were measured in eight bits: they take what wide ones do."""
+    found = rates.matmul_s(MEASURED, m, 4096, 4096, "bf16", weight_bytes=4096**2)
+    assert found == pytest.approx(_product_s(m, 4096, 4096, 1))
+
+
 def test_a_measured_shape_is_itself_among_others() -> None:
     odd = _sample(
         "matmul", 1.0, m=1, n=512, k=4096, dtype="bf16", weights="bf16", slots=2
