@@ -107,6 +107,8 @@ def _compare(
         for table in (described.work(pairs), described.collectives(pairs)):
             console.print(terminal.table(table, group_by=0))
         console.print(described.headline(pairs), style="bold")
+    for note in notes:
+        console.print(note, style="dim")
     return pairs, notes
 
 

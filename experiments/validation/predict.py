@@ -32,7 +32,11 @@ class Measured:
     folder: Path
 
     def __str__(self) -> str:
-        return f"{self.record.partition} at batch {self.record.batch_size}"
+        r = self.record
+        asked = f",{validated.choices_of(r)}".rstrip(",").replace(",", ", ")
+        return (
+            f"{r.chip}: {r.partition} at batch {r.batch_size}, {r.input_len:,} in{asked}"
+        )
 
     @property
     def source(self) -> str:
