@@ -129,9 +129,10 @@ def size(question: Question) -> str:
 
 
 def rates(question: Question) -> str:
-    """Returns where the chip's rates are from, e.g. "published peaks", or ""."""
+    """Returns where the chip's rates are from, e.g. "rates: published peaks", or ""."""
     found = dict.fromkeys(r.context.get("rates", "") for r in question.records)
-    return " and ".join(filter(None, found))
+    said = " and ".join(filter(None, found))
+    return f"rates: {said}" if said else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def titles(figures: Sequence[Figure]) -> list[tuple[str, list[Figure]]]:
     for f in figures:
         name = (
             f"{f.model} on {f.chip}, {f.dtypes}, {f.input_len:,} tokens in,"
-            f" {f.output_len:,} out; {f.rates}"
+            f" {f.output_len:,} out; rates: {f.rates}"
         )
         groups.setdefault(name, []).append(f)
     return list(groups.items())
