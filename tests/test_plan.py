@@ -18,6 +18,7 @@ from experiments.report.frontier import Objective
 from experiments.report.record import Point, Record, TimeParts
 from experiments.report.store import read_records
 from experiments.report.workers import Event, Workers
+from sharding.chips import CHIPS
 from sharding.partition import Partition, all_partitions
 from sharding.program import Phase
 from sharding.target import parse_target
@@ -183,8 +184,10 @@ def test_no_committed_prediction_is_below_its_bound(
         assert candidate.least_s["prefill"] <= ttft_s, where
         assert candidate.least_s["decode"] <= tpot_s, where
         # And a bound is worth having: nearer than what physics allows any program.
-        assert candidate.least_s["prefill"] >= 0.55 * ttft_s, where
-        assert candidate.least_s["decode"] >= 0.65 * tpot_s, where
+        # What was measured reaches three quarters of the peaks that bounds are made of.
+        reached = 1.0 if CHIPS[record.chip].calibrated is None else 0.75
+        assert candidate.least_s["prefill"] >= 0.55 * reached * ttft_s, where
+        assert candidate.least_s["decode"] >= 0.65 * reached * tpot_s, where
         assert candidate.held_bytes <= record.require("needed_bytes"), where
 
 
@@ -416,7 +419,9 @@ def test_changes_are_for_what_was_asked() -> None:
     }
     assert titles["more devices"] == ["h100:8"]
     assert titles["other chip"][0] == "h200:4"
-    assert "4 x b200, priced from h100 programs" in titles["other chip"]
+    assert (
+        "4 x b200, priced from h100 programs at published peaks" in titles["other chip"]
+    )
     assert titles["smaller batch"] == ["a smaller batch"]
     assert titles["fewer bits"][:2] == ["weights in int8", "weights in int4"]
     tpu = dataclasses.replace(ASK, targets=("v5p:2x2x2",), batch_sizes=())

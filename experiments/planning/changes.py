@@ -218,7 +218,8 @@ def _faster(target: str, priced: str | None) -> list[tuple[str, str, str | None]
         elif name in GPUS:
             found.append((f"{name}:{text}", f"{name}:{text}", None))
         else:
-            found.append(
-                (f"{text} x {name}, priced from {kind} programs", target, name)
-            )
+            says = f"{text} x {name}, priced from {kind} programs"
+            if now.calibrated and not chip.calibrated:
+                says += " at published peaks"
+            found.append((says, target, name))
     return found

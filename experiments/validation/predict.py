@@ -34,9 +34,7 @@ class Measured:
     def __str__(self) -> str:
         r = self.record
         asked = f",{validated.choices_of(r)}".rstrip(",").replace(",", ", ")
-        return (
-            f"{r.chip}: {r.partition} at batch {r.batch_size}, {r.input_len:,} in{asked}"
-        )
+        return f"{r.chip}: {r.partition} at batch {r.batch_size}, {r.input_len:,} in{asked}"
 
     @property
     def source(self) -> str:
