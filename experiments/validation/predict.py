@@ -34,7 +34,8 @@ class Measured:
     def __str__(self) -> str:
         r = self.record
         asked = f",{validated.choices_of(r)}".rstrip(",").replace(",", ", ")
-        return f"{r.chip}: {r.partition} at batch {r.batch_size}, {r.input_len:,} in{asked}"
+        where = f"{r.chip}: {r.partition} at batch {r.batch_size}"
+        return f"{where}, {r.input_len:,} in{asked}"
 
     @property
     def source(self) -> str:
