@@ -26,8 +26,8 @@ from absl import app, flags
 from rich.console import Console
 
 from experiments import command
-from experiments.claims import folder, points
-from experiments.claims.sweep import measured, sweep
+from experiments.claims import folder, points, timed
+from experiments.claims.sweep import sweep
 from experiments.report import units
 from experiments.report.store import Store
 from experiments.report.workers import Workers
@@ -64,9 +64,15 @@ def _sweep(out: pathlib.Path, console: Console) -> int:
             failed = sweep(jobs, points.answer, store, workers, console)
             wanted = {point.key for job in jobs for point in job.points}
             records = [r for r in store.records.values() if r.key in wanted]
-    found = pathlib.Path(_MEASURED.value)
-    results = sorted(path.parent for path in found.glob("*/results.jsonl"))
-    folder.keep(out, [*records, *measured(results)])
+        found = timed.find(pathlib.Path(_MEASURED.value))
+        with console.status(f"Predicting {len(found)} measured points again"):
+            events = list(workers.run(timed.answer, found))
+    records += [event.value for event in events if event.kind == "finished"]
+    for event in events:
+        if event.kind == "broke":
+            console.print(f"No prediction of {event.item}: {event.reason}")
+            failed += 1
+    folder.keep(out, records)
     return failed
 
 

@@ -1,6 +1,7 @@
 """Every verdict follows from its rows, and flips when they do."""
 
 import dataclasses
+import functools
 import html
 import json
 import pathlib
@@ -15,12 +16,14 @@ from experiments.claims import (
     findings,
     folder,
     latency,
+    measured,
     page,
     points,
     questions,
     rows,
     sweep,
     throughput,
+    timed,
 )
 from experiments.claims.accounting import account, ideal_ttft_s, power_of_two
 from experiments.claims.claims import CLAIMS, CROSSOVERS
@@ -33,7 +36,8 @@ from experiments.claims.printed import (
     Case,
 )
 from experiments.claims.programs import priced_as
-from experiments.claims.rows import LINKS, MEMORY, Row, Rows
+from experiments.claims.rows import LINKS, MEMORY, RUN, Row, Rows
+from experiments.report import validated
 from experiments.report.record import PhaseRecord, Record
 from experiments.report.store import Store, read_records
 from experiments.report.workers import Workers
@@ -62,7 +66,7 @@ def row(
         origin="compiled", whole=False, status="ok",
         model=case.model, target="h100:8", chip=chip,
         memory=memory, rates="published peaks",
-        num_chips=Partition.parse(partition).num_devices,
+        choices="", num_chips=Partition.parse(partition).num_devices,
         partition=partition, rules="megatron", dtype="bfloat16", weights=case.weights,
         kv=case.kv, batch_size=batch, input_len=case.input_len,
         output_len=case.output_len, needed_bytes=10**9, available_bytes=10**10,
@@ -459,18 +463,77 @@ def _some_rows() -> Rows:
         *((p, 256, 10.0, 0.02) for p in ("tp8", "tp4", "tp2", "pp8", "tp4_pp2")),
     )
     made += _everywhere(LONG_405B, ("tp8", 32, 10.0, 0.1), links=1.0)
-    measured = [
-        Row.of(r) for r in read_records(MEASURED)[0] if r.measurement is not None
+    return Rows([*made, *_measured()])
+
+
+@functools.cache
+def _measured() -> list[Row]:
+    """Returns rows of the committed runs, their predictions as they were recorded."""
+    return [
+        Row.of(
+            dataclasses.replace(
+                one.record, context={**one.record.context, RUN: one.folder.name}
+            )
+        )
+        for one in timed.find(ROOT / "docs/records")
     ]
-    return Rows([*made, *measured])
 
 
 def test_measurements_stand_beside_predictions() -> None:
     made = _some_rows()
-    for judge in (latency.c4, latency.c5, latency.c7, latency.c9, throughput.c10):
+    judges = (
+        latency.c4, latency.c5, latency.c7, latency.c9, throughput.c10, throughput.c14
+    )  # fmt: skip
+    for judge in judges:
         cells = judge(made).measured
         assert cells
         assert all(r.origin == "measured" for c in cells for r in c.rows)
+        assert len({(c.subject, *c.keys) for c in cells}) == len(cells)
+
+
+def test_partitions_are_compared_within_a_run() -> None:
+    one = _measured()
+    for judge in (measured.c4, measured.c5, measured.c10, measured.c14):
+        for cell in judge(Rows(one)):
+            a, b = cell.rows
+            assert (a.run, a.choices, a.input_len) == (b.run, b.choices, b.input_len)
+    # Runs of other days, prompts or kernels leave what is said of this one alone.
+    few = [row for row in one if row.run == MEASURED.name]
+    others = [
+        dataclasses.replace(row, **change, ttft_s=1e-3)
+        for row in few
+        for change in ({"run": "other"}, {"input_len": 2}, {"choices": "overlap=rows"})
+        if row.partition == "tp1"
+    ]
+    assert measured.c5(Rows([*others, *few, *others])) == measured.c5(Rows(few)) != []
+    assert len({row.key for row in one}) == len(one)
+
+
+def test_what_was_timed_is_predicted_by_todays_rates() -> None:
+    found = [
+        one
+        for one in timed.find(ROOT / "docs/records")
+        if one.folder == MEASURED and one.record.partition == "tp2"
+    ]
+    record = timed.answer(found[0])
+    figures = validated.read(validated.PATH)
+    for metric in ("ttft", "tpot"):
+        (figure,) = (
+            f for f in figures
+            if f.source == found[0].source and f.metric == metric
+            and not f.rates.startswith("published")
+        )  # fmt: skip
+        predicted = record.require(f"predicted_{metric}_s")
+        assert predicted == pytest.approx(figure.predicted_s, rel=0.03)
+        parts = getattr(record, f"{metric}_parts_s")
+        assert parts.total_s == predicted
+    assert record.ttft_s == found[0].record.ttft_s
+
+
+def test_folders_without_measurements_are_passed_over(tmp_path: pathlib.Path) -> None:
+    with Store(tmp_path / "swept") as store:
+        store.append(fakes.evaluate(fakes.points()[0]))
+    assert timed.find(tmp_path) == []
 
 
 def test_page_shows_every_claim_and_question() -> None:

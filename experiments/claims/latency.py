@@ -1,7 +1,8 @@
 """C1 to C9: claims about latency and what it is made of."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from experiments.claims import measured
 from experiments.claims.accounting import ideal_ttft_s
 from experiments.claims.judge import Cell, Finding, close, missing, subject, verdict
 from experiments.claims.printed import (
@@ -81,11 +82,10 @@ def c4(rows: Rows) -> Finding:
         for chip in CHIPS:
             for batch in _batches(rows, case, chip):
                 cells += _best_is_tp8(rows, case, chip, batch)
-    measured = list(_tensor_against_pipeline(rows))
     return verdict(
         cells,
         on="the batch and the chip",
-        measured=measured,
+        measured=measured.c4(rows),
         why="A prefill of many sequences keeps a pipeline full and sends almost nothing"
         " between its stages; TPOT is another matter.",
     )
@@ -129,39 +129,6 @@ def _best_is_tp8(rows: Rows, case: Case, chip: str, batch: int) -> list[Cell]:
     ]
 
 
-def _tensor_against_pipeline(rows: Rows) -> Iterable[Cell]:
-    """Yields measured points of two devices, tensor parallel beside pipelined."""
-    timed = {
-        (r.model, r.chip, r.partition, r.batch_size, r.input_len): r
-        for r in rows.measured
-    }
-    for (model, chip, partition, batch, length), row in timed.items():
-        other = timed.get((model, chip, partition.replace("tp", "pp"), batch, length))
-        if not partition.startswith("tp") or other is None or other is row:
-            continue
-        yield Cell(
-            chip=f"{row.num_chips} x {chip}",
-            subject=f"{model}, batch {batch}",
-            holds=row.require("ttft_s") <= other.require("ttft_s")
-            and row.require("tpot_s") <= other.require("tpot_s"),
-            text="; ".join(map(_times, (row, other))),
-            rows=(row, other),
-        )
-
-
-def _times(row: Row) -> str:
-    predicted = ""
-    if row.predicted_ttft_s is not None and row.predicted_tpot_s is not None:
-        predicted = (
-            f" (predicted {units.seconds(row.predicted_ttft_s)},"
-            f" {units.seconds(row.predicted_tpot_s)})"
-        )
-    return (
-        f"{row.partition} TTFT {units.seconds(row.require('ttft_s'))}, TPOT"
-        f" {units.seconds(row.require('tpot_s'))}{predicted}"
-    )
-
-
 def c5(rows: Rows) -> Finding:
     """TP scales TTFT almost linearly, TPOT less; all-reduces limit it at TP8."""
     cells = []
@@ -169,7 +136,7 @@ def c5(rows: Rows) -> Finding:
         for chip in CHIPS:
             for batch in (32, 256):
                 cells.append(_scaling(rows, case, chip, batch))
-    return verdict(cells, on="chip and batch", measured=list(_measured_scaling(rows)))
+    return verdict(cells, on="chip and batch", measured=measured.c5(rows))
 
 
 def _scaling(rows: Rows, case: Case, chip: str, batch: int) -> Cell:
@@ -198,23 +165,6 @@ def _scaling(rows: Rows, case: Case, chip: str, batch: int) -> Cell:
         ),
         rows=(narrow, wide),
     )
-
-
-def _measured_scaling(rows: Rows) -> Iterable[Cell]:
-    timed = {(r.model, r.chip, r.partition, r.batch_size): r for r in rows.measured}
-    for (model, chip, partition, batch), two in timed.items():
-        one = timed.get((model, chip, "tp1", batch))
-        if partition != "tp2" or one is None:
-            continue
-        ttft = one.require("ttft_s") / two.require("ttft_s")
-        tpot = one.require("tpot_s") / two.require("tpot_s")
-        yield Cell(
-            chip=f"2 x {chip}",
-            subject=f"{model}, batch {batch}",
-            holds=ttft >= 0.8 * 2 and tpot < ttft,
-            text=f"tp1 to tp2: TTFT {ttft:.2f}x, TPOT {tpot:.2f}x of 2x",
-            rows=(one, two),
-        )
 
 
 def c6(rows: Rows) -> Finding:
@@ -307,26 +257,10 @@ def c7(rows: Rows) -> Finding:
                     rows=tuple(known),
                 )
             )
-    measured = [
-        Cell(
-            chip=f"{row.num_chips} x {row.chip}",
-            subject=f"{row.model}, batch {row.batch_size}",
-            holds=None,
-            text=(
-                f"{row.partition}: predicted {units.seconds(row.predicted_ttft_s)}, of"
-                " which all-reduces"
-                f" {units.seconds(row.ttft_parts_s.get('tensor links', 0.0))}; measured"
-                f" {units.seconds(row.require('ttft_s'))}"
-            ),
-            rows=(row,),
-        )
-        for row in rows.measured
-        if row.partition == "tp2" and row.ttft_parts_s and row.predicted_ttft_s
-    ]
     return verdict(
         cells,
         on="how the chips are wired",
-        measured=measured,
+        measured=measured.c7(rows),
         why="Nearly constant: within 5 percentage points. In brackets the share if"
         " nothing waited for memory.",
     )
@@ -401,16 +335,4 @@ def c9(rows: Rows) -> Finding:
                     rows=(row,),
                 )
             )
-    measured = [
-        Cell(
-            chip=f"{row.num_chips} x {row.chip}",
-            subject=f"{row.model}, batch {row.batch_size}",
-            holds=None,
-            text=f"{_times(row)}; predicted stage links"
-            f" {units.seconds((row.ttft_parts_s or {}).get('stage links', 0.0))}",
-            rows=(row,),
-        )
-        for row in rows.measured
-        if row.partition == "pp2" and row.ttft_parts_s
-    ]
-    return verdict(cells, on="chip", measured=measured)
+    return verdict(cells, on="chip", measured=measured.c9(rows))

@@ -100,12 +100,12 @@ def _cells(row: Row) -> list[str]:
     timed = row.ok
     micro = "" if row.asked_micro_batches is None else f" M{row.asked_micro_batches}"
     return [
-        row.origin,
+        row.origin if row.run is None else f"{row.origin}: {row.run}",
         row.model,
         f"{row.weights}, {row.kv}",
         row.target,
         f"{row.chip}{links}{memory}",
-        f"{row.partition}{micro}",
+        ", ".join([f"{row.partition}{micro}", *filter(None, row.choices.split(","))]),
         row.rules,
         f"{row.batch_size:,}",
         f"{row.input_len:,}",
@@ -113,6 +113,11 @@ def _cells(row: Row) -> list[str]:
         row.status,
         units.seconds(row.require("ttft_s")) if timed else "",
         units.seconds(row.require("tpot_s")) if timed else "",
-        units.digits(row.node_tokens_per_s) if timed else "",
+        units.digits(_rate(row)) if timed else "",
         units.bytes_(row.needed_bytes) if row.needed_bytes else "",
     ]
+
+
+def _rate(row: Row) -> float:
+    """Returns tokens/s: of a node, but of the devices that ran where any did."""
+    return row.node_tokens_per_s if row.run is None else row.tokens_per_s

@@ -12,13 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from experiments.claims.printed import Case
+from experiments.claims.printed import NODE_DEVICES, Case
+from experiments.report import validated
 from experiments.report.record import PhaseRecord, Record, TimeParts, decode, digest
 from sharding.chips import CHIPS
 
 FILE_NAME = "rows.jsonl"
 # What a point's context says of chips that are not there: see `programs.Priced`.
 LINKS, MEMORY = "links", "memory"
+RUN = "run"  # what a timed point's context says of the folder it is from
 ANY_MEMORY = "any"
 
 
@@ -53,6 +55,8 @@ class Row:
       memory: "own", or "any" where the chip is given as much as the point needs, to
         see what it would do if that were all.
       rates: where the chip's are from, in words.
+      run: the folder of a measured point; None where nothing was run.
+      choices: how its programs were asked to be written, or "".
     """
 
     key: str
@@ -66,6 +70,8 @@ class Row:
     links: float | None
     memory: str
     rates: str
+    run: str | None
+    choices: str
     num_chips: int
     partition: str
     rules: str
@@ -110,6 +116,8 @@ class Row:
             links=links,
             memory=memory,
             rates=_rates(record.chip, links),
+            run=record.context.get(RUN),
+            choices=validated.choices_of(record),
             ttft_parts_s=_parts(record.ttft_parts_s),
             tpot_parts_s=_parts(record.tpot_parts_s),
             prefill=_phase(record.prefill),
@@ -144,10 +152,15 @@ class Row:
         return dataclasses.replace(self, whole=False).key_with(self.memory)
 
     @property
+    def tokens_per_s(self) -> float:
+        """Output tokens of the batch over its time from the first call to the last."""
+        e2e_s = self.require("ttft_s") + self.require("tpot_s") * (self.output_len - 1)
+        return self.batch_size * self.output_len / e2e_s
+
+    @property
     def node_tokens_per_s(self) -> float:
         """Output tokens of a node of eight, replicas on the devices left over."""
-        e2e_s = self.require("ttft_s") + self.require("tpot_s") * (self.output_len - 1)
-        return self.batch_size * self.output_len / e2e_s * 8 / self.num_chips
+        return self.tokens_per_s * NODE_DEVICES / self.num_chips
 
     def share(self, phase: str, part: str) -> float:
         """Returns the share of "ttft" or "tpot" that `part` takes, bubbles apart."""
@@ -242,7 +255,8 @@ def _identity(row: Row) -> tuple[object, ...]:
     return (
         row.model, row.weights, row.kv, row.input_len, row.output_len, row.target,
         row.chip, row.partition, row.rules, row.batch_size, row.links,
-        row.asked_micro_batches, row.whole, row.origin == "measured",
+        row.asked_micro_batches, row.whole,
+        row.origin == "measured" and [row.run, row.choices],
     )  # fmt: skip
 
 

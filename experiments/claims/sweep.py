@@ -1,7 +1,6 @@
 """Answers every job once, each record on disk before the next is looked at."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -57,15 +56,3 @@ def sweep(
             watch.ended(first, records[0])
             write()
     return failed
-
-
-def measured(folders: Sequence[Path]) -> list[Record]:
-    """Returns what was measured in earlier runs, from the records kept of them."""
-    from experiments.report.store import read_records
-
-    return [
-        record
-        for folder in folders
-        for record in read_records(folder)[0]
-        if record.measurement is not None
-    ]

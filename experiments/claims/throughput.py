@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+from experiments.claims import measured
 from experiments.claims.accounting import account, power_of_two
 from experiments.claims.judge import Cell, Finding, close, missing, subject, verdict
 from experiments.claims.latency import HYBRIDS, LONG, PIPELINES, TENSOR
@@ -28,18 +29,10 @@ def c10(rows: Rows) -> Finding:
         for chip in CHIPS:
             for batch in rows.batches(case, chip, "pp8"):
                 cells += _most_throughput(rows, case, chip, batch)
-    measured = [
-        _measured_throughput(pipeline, tensor)
-        for pipeline in rows.measured
-        for tensor in rows.measured
-        if pipeline.partition == "pp2"
-        and tensor.partition == "tp2"
-        and _same_question(pipeline, tensor)
-    ]
     return verdict(
         cells,
         on="the batch and the chip",
-        measured=measured,
+        measured=measured.c10(rows),
         why="At equal batches of a replica, devices left over running more replicas;"
         f" tried at batch {_tried(cells)}.",
     )
@@ -84,28 +77,6 @@ def _fitting(rows: Rows, case: Case, chip: str, batch: int) -> list[Row]:
 
 def _rate(row: Row) -> str:
     return f"{units.digits(row.node_tokens_per_s)} tokens/s"
-
-
-def _same_question(a: Row, b: Row) -> bool:
-    names = ("model", "chip", "batch_size", "input_len", "output_len", "num_chips")
-    return all(getattr(a, name) == getattr(b, name) for name in names)
-
-
-def _measured_throughput(pipeline: Row, tensor: Row) -> Cell:
-    each = [
-        row.node_tokens_per_s * row.num_chips / NODE_DEVICES
-        for row in (pipeline, tensor)
-    ]
-    return Cell(
-        chip=f"{pipeline.num_chips} x {pipeline.chip}",
-        subject=f"{pipeline.model}, batch {pipeline.batch_size}",
-        holds=each[0] > each[1],
-        text=(
-            f"pp2 {units.digits(each[0])} tokens/s, tp2 {units.digits(each[1])}:"
-            f" {each[0] / each[1]:.2f}x"
-        ),
-        rows=(pipeline, tensor),
-    )
 
 
 def c11(rows: Rows) -> Finding:
@@ -231,6 +202,7 @@ def c14(rows: Rows) -> Finding:
     return verdict(
         cells,
         on="the batch and the chip",
+        measured=measured.c14(rows),
         why="A knob: over tp8, tp4_pp2, tp2_pp4 and pp8, TPOT grows and throughput"
         " grows with the number of stages.",
     )

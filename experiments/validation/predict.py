@@ -19,7 +19,7 @@ from sharding.chips import Chip
 from sharding.program import CompiledProgram, Phase, Program
 from sharding.target import GPUS, Target, parse_target
 
-_PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
+PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
 # Fields of a `Program` that say how it is written, under the same name in a record.
 _WRITING = ("layers", *validated.KERNELS)
 
@@ -73,7 +73,7 @@ def predict(
     if both_rates and chips.find_chip(priced[0]).calibrated is not None:
         priced.append(f"{priced[0]}@published")
     figures, notes = list[Figure](), dict[str, None]()
-    for metric, phase in _PHASES.items():
+    for metric, phase in PHASES.items():
         for name in priced:
             compiler = AsMeasured(measured, name)
             answer = compiler.answer(phase)
