@@ -51,6 +51,7 @@ _JOBS = flags.DEFINE_integer(
 def _sweep(out: pathlib.Path, console: Console) -> int:
     """Answers what is missing and keeps the rows; returns how many jobs failed."""
     asked = tuple(points.specs())
+    found = timed.find(pathlib.Path(_MEASURED.value))
     # JAX starts in the workers only.
     setup = functools.partial(prepare_environment, points.targets(asked))
     with Workers(_JOBS.value or os.cpu_count() or 1, setup) as workers:
@@ -64,7 +65,6 @@ def _sweep(out: pathlib.Path, console: Console) -> int:
             failed = sweep(jobs, points.answer, store, workers, console)
             wanted = {point.key for job in jobs for point in job.points}
             records = [r for r in store.records.values() if r.key in wanted]
-        found = timed.find(pathlib.Path(_MEASURED.value))
         with console.status(f"Predicting {len(found)} measured points again"):
             events = list(workers.run(timed.answer, found))
     records += [event.value for event in events if event.kind == "finished"]

@@ -39,7 +39,7 @@ from experiments.claims.programs import priced_as
 from experiments.claims.rows import LINKS, MEMORY, RUN, Row, Rows
 from experiments.report import validated
 from experiments.report.record import PhaseRecord, Record
-from experiments.report.store import Store, read_records
+from experiments.report.store import FILE_NAME, Store, read_records
 from experiments.report.workers import Workers
 from jaxllm.config import load
 from sharding.chips import CHIPS as CHIP_FILES
@@ -534,6 +534,10 @@ def test_folders_without_measurements_are_passed_over(tmp_path: pathlib.Path) ->
     with Store(tmp_path / "swept") as store:
         store.append(fakes.evaluate(fakes.points()[0]))
     assert timed.find(tmp_path) == []
+    with (tmp_path / "swept" / FILE_NAME).open("a") as file:
+        file.write('{"schema": 1}\n')
+    with pytest.raises(ValueError, match=FILE_NAME):
+        timed.find(tmp_path)
 
 
 def test_page_shows_every_claim_and_question() -> None:

@@ -184,10 +184,10 @@ def test_no_committed_prediction_is_below_its_bound(
         assert candidate.least_s["prefill"] <= ttft_s, where
         assert candidate.least_s["decode"] <= tpot_s, where
         # And a bound is worth having: nearer than what physics allows any program.
-        # What was measured reaches three quarters of the peaks that bounds are made of.
-        reached = 1.0 if CHIPS[record.chip].calibrated is None else 0.75
-        assert candidate.least_s["prefill"] >= 0.55 * reached * ttft_s, where
-        assert candidate.least_s["decode"] >= 0.65 * reached * tpot_s, where
+        assert candidate.least_s["prefill"] >= 0.55 * ttft_s, where
+        # What was measured does not reach the peaks that bounds are made of.
+        near = 0.65 if CHIPS[record.chip].calibrated is None else 0.6
+        assert candidate.least_s["decode"] >= near * tpot_s, where
         assert candidate.held_bytes <= record.require("needed_bytes"), where
 
 

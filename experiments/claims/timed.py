@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.claims.rows import RUN
 from experiments.report.record import Record
-from experiments.report.store import FILE_NAME
+from experiments.report.store import FILE_NAME, read_records
 from experiments.validation import load
 from experiments.validation.predict import PHASES, AsMeasured, Measured
 
@@ -15,15 +15,16 @@ def find(root: Path) -> list[Measured]:
     """Returns the measurements in the folders of `root`, each folder one run.
 
     Of another engine's there is nothing to predict, so they are left out.
+
+    Raises:
+      ValueError: a line is no record of this schema.
     """
-    found = list[Measured]()
-    for folder in sorted(path.parent for path in root.glob(f"*/{FILE_NAME}")):
-        # A folder may hold a sweep of programs that were never run.
-        try:
-            found += load.measured(folder)[0]
-        except ValueError:
-            continue
-    return found
+    folders = sorted(path.parent for path in root.glob(f"*/{FILE_NAME}"))
+    return [
+        one
+        for folder in folders
+        for one in load.latest(load.timed(folder, read_records(folder)[0]))
+    ]
 
 
 def answer(measured: Measured) -> Record:

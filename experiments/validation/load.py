@@ -1,5 +1,6 @@
 """Finds the measured records in a folder of results."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.report import store, validated
@@ -31,31 +32,43 @@ def measured(root: Path) -> tuple[list[Measured], list[str]]:
             f"cannot validate the records of {root}: it holds 0 files called"
             f" {store.FILE_NAME}. Measured records are read from them. {rest}"
         )
-    total, newest, notes = 0, dict[tuple[object, ...], Measured](), list[str]()
-    older = 0
+    total, found, notes = 0, list[Measured](), list[str]()
     for path in paths:
         records, dropped = store.read_records(path.parent)
         if dropped is not None:
             notes.append(f"The last line of {path} was cut off and is left out.")
         total += len(records)
-        for record in records:
-            timed = record.measurement
-            if timed is None or record.status != "ok" or timed.engine != "jaxllm":
-                continue
-            one = Measured(record=record, folder=path.parent)
-            key = _question(record)
-            older += key in newest
-            if key in newest and _time(newest[key]) > _time(one):
-                continue
-            newest[key] = one
+        found += timed(path.parent, records)
+    newest = latest(found)
     if not newest:
         raise ValueError(
             f"cannot validate the records of {root}: 0 of {total} records are"
             f" measured. A prediction is compared with a time that was taken. {rest}"
         )
-    if older:
+    if older := len(found) - len(newest):
         notes.append(f"{older} older measurements of the same points are left out.")
-    return list(newest.values()), notes
+    return newest, notes
+
+
+def timed(folder: Path, records: Iterable[Record]) -> list[Measured]:
+    """Returns those `records` of a folder that say how fast our programs ran."""
+    return [
+        Measured(record=record, folder=folder)
+        for record in records
+        if record.measurement is not None
+        and record.status == "ok"
+        and record.measurement.engine == "jaxllm"
+    ]
+
+
+def latest(found: Iterable[Measured]) -> list[Measured]:
+    """Returns the newest measurement of each point."""
+    newest = dict[tuple[object, ...], Measured]()
+    for one in found:
+        key = _question(one.record)
+        if key not in newest or _time(newest[key]) <= _time(one):
+            newest[key] = one
+    return list(newest.values())
 
 
 def _question(record: Record) -> tuple[object, ...]:
