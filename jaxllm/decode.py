@@ -20,16 +20,16 @@ from jaxllm.attention import (
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.layers import Place, angles_at, anywhere
+from jaxllm.layers import Place, angles_at, anywhere, turned
 from jaxllm.model import Attend, Params, Steps, Tree, Turn, bind_ends, run_blocks
 
 # Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
 Lookup = Callable[[Array, Array], Array]
 
-# Attention of one token: grouped queries [B, 1, K, G, H], its keys and values
-# [B, K, 1, H], a layer's cache and positions; returns heads, [B, 1, K, G, H] or with
-# both dimensions of heads in one, and the cache with it.
-TokenAttention = Callable[[Array, KV, CacheLayer, Array], tuple[Array, CacheLayer]]
+# Attention of one token: queries, keys and values, as an `Attend` gets them, angles, a
+# layer's cache and positions; returns heads, [B, 1, K, G, H] or with both dimensions of
+# heads in one, and the cache with it.
+TokenAttention = Callable[[Array, Array, CacheLayer, Array], tuple[Array, CacheLayer]]
 
 _CACHED = ("cache_batch", "seq", "kv_heads", "head_dim")
 
@@ -71,7 +71,8 @@ def prompt_attend(
         split over devices, a part of them cannot be written without gathering all.
     """
 
-    def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
+    def attend(qkv: Array, angles: Array, cache: CacheLayer):
+        q, k, v = turned(qkv, angles)
         *_, kv_heads, length, _ = cache.kv.k.shape
         kept = _for_cache(k, v, kv_heads, place, length if fill else None)
         return attention(q, k, v), cache.write(kept, 0, place)
@@ -92,28 +93,39 @@ def token_attend(
       attention: what writes and reads the cache; None: `write_then_attend`.
     """
 
-    def attend(q: Array, k: Array, v: Array, cache: CacheLayer):
-        batch, _, heads, group, width = q.shape
-        kv_heads = cache.kv.k.shape[-3]
-        grouped = q.reshape(batch, 1, kv_heads, heads // kv_heads * group, width)
-        names = ("cache_batch", "seq", "kv_heads", None, "head_dim")
-        grouped, new = place(grouped, names), _for_cache(k, v, kv_heads, place)
+    def attend(qkv: Array, angles: Array, cache: CacheLayer):
+        *_, batch, _, heads, slots, width = qkv.shape
         step = attention or functools.partial(write_then_attend, place=place)
-        out, cache = step(grouped, new, cache, positions)
-        return out.reshape(q.shape), cache
+        out, cache = step(qkv, angles, cache, positions)
+        return out.reshape(batch, 1, heads, slots - 2, width), cache
 
     return attend
 
 
+def for_token(
+    qkv: Float[Array, "B 1 N S H"],
+    angles: Float[Array, "B 1 P"],
+    kv_heads: int,
+    place: Place = anywhere,
+) -> tuple[Float[Array, "B 1 K G H"], KV]:
+    """Returns rotated queries grouped by the cache's heads, and what to write there."""
+    q, k, v = turned(qkv, angles)
+    batch, _, heads, group, width = q.shape
+    grouped = q.reshape(batch, 1, kv_heads, heads // kv_heads * group, width)
+    names = ("cache_batch", "seq", "kv_heads", None, "head_dim")
+    return place(grouped, names), _for_cache(k, v, kv_heads, place)
+
+
 def write_then_attend(
-    q: Float[Array, "B 1 K G H"],
-    new: KV,
+    qkv: Float[Array, "B 1 N S H"],
+    angles: Float[Array, "B 1 P"],
     cache: CacheLayer,
     positions: Int[Array, "..."],
     *,
     place: Place = anywhere,
 ) -> tuple[Float[Array, "B 1 K G H"], CacheLayer]:
     """Returns attention over the cache, in which the new token is written first."""
+    q, new = for_token(qkv, angles, cache.kv.k.shape[-3], place)
     cache = cache.write(new, positions, place)
     where = jnp.broadcast_to(positions, q.shape[:1])
     return decode_attention(q, cache.read(), where, place), cache

@@ -91,6 +91,14 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+def turned(
+    qkv: Float[Array, "B T K S H"], angles: Float[Array, "B T P"]
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Returns rotated queries, rotated keys and values of `Attention.project_in`."""
+    rotated = rotate(qkv[:, :, :, :-1], angles)
+    return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
+
+
 def _columns(
     x: Array, weight: nnx.Param, slots: tuple[int, ...], multiply: Any = product
 ) -> Array:
@@ -99,7 +107,7 @@ def _columns(
     if not isinstance(weight.get_value(), Quantized):  # whose products end in one
         # Else XLA:TPU tells the weight's columns apart too, and copies all of it.
         out = jax.lax.optimization_barrier(out)
-    return out.reshape(*out.shape[:2], *slots)
+    return out.reshape(*out.shape[:-1], *slots)
 
 
 class Attention(nnx.Module):
@@ -130,24 +138,19 @@ class Attention(nnx.Module):
     def project_in(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T P"],
         place: Place = anywhere,
         multiply: Callable[[Array, Any], Array] = product,
-    ) -> tuple[
-        Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
-    ]:
-        """Returns rotated queries, rotated keys and values.
+    ) -> Float[Array, "*parts B T K S H"]:
+        """Returns each head's queries, its key and its value, none of them rotated.
 
         Args:
           x: the stream, normed.
-          angles: rotary angles of its positions.
           place: pins activations.
-          multiply: what multiplies it with a weight.
+          multiply: what multiplies it with a weight, perhaps in parts to add up.
         """
         qkv = _columns(x, self.w_qkv, self.slots, multiply)
-        qkv = place(qkv, ("cache_batch", "seq", "heads", None, "head_dim"))
-        rotated = rotate(qkv[:, :, :, :-1], angles)
-        return rotated[:, :, :, :-1], rotated[:, :, :, -1], qkv[:, :, :, -1]
+        parts = (None,) * (qkv.ndim - 5)
+        return place(qkv, (*parts, "cache_batch", "seq", "heads", None, "head_dim"))
 
     def flatten(
         self, heads: Float[Array, "B T K G H"], place: Place = anywhere

@@ -28,8 +28,9 @@ Layers = Literal["unrolled", "scanned"]
 Tree = Any  # A pytree of arrays, of shapes, or of shardings.
 Part = int | Literal["ends"]  # A decoder block, or what stands around all of them.
 
-# Attention of new queries, keys and values with a layer's cache, which it updates.
-Attend = Callable[[Array, Array, Array, CacheLayer], tuple[Array, CacheLayer]]
+# Attention of new queries, keys and values, as `Attention.project_in` gives them and
+# still to be rotated by the given angles, with a layer's cache, which it updates.
+Attend = Callable[[Array, Array, CacheLayer], tuple[Array, CacheLayer]]
 
 # Sums over devices the product of an activation, whose last dimension has the given
 # name, with a weight. Returns the sum, and another array as it is once the product is
@@ -41,7 +42,8 @@ class Steps(NamedTuple):
     """Parts of a block as kernels of one's own.
 
     Attributes:
-      project: multiplies an activation with the weight of queries, keys and values.
+      project: multiplies an activation with the weight of queries, keys and values;
+        perhaps in parts [P, B, T, N] for attention to add up.
       join: adds to a residual stream the product of an activation, whose last
         dimension has the given name, with a weight; returns the stream and, of a
         scale, its norm.
@@ -164,8 +166,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T N"], CacheLayer]:
         """Returns what attention's last weight is multiplied with, and the cache."""
         normed = place(normed, ("batch", "seq", "embed"))
-        q, k, v = self.attention.project_in(normed, angles, place, multiply)
-        heads, cache = attend(q, k, v, cache)
+        qkv = self.attention.project_in(normed, place, multiply)
+        heads, cache = attend(qkv, angles, cache)
         return self.attention.flatten(heads, place), cache
 
     def _hidden(

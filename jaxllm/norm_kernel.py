@@ -1,18 +1,23 @@
 """Residual addition and norm as one GPU kernel, after a sum over devices if need be.
 
 A Pallas kernel, compiled by Triton; one program a token. With peers, each program sends
-its device's part of the sum straight into the memory of the others, raises a flag
-there, waits for theirs and adds what has come: an all-reduce of a few microseconds that
-needs no call between two CUDA graphs. What has come lies in a `Mailbox`.
+its device's part of the sum straight into the memory of the others, waits for theirs
+and adds what has come: an all-reduce of a few microseconds that needs no call between
+two CUDA graphs. What has come lies in a `Mailbox`.
+
+Every word is sent with a flag, in one store of eight bytes, which arrives whole: who
+waits looks at the flags of the very words it needs, and nobody waits for a store to
+have arrived before the next ("LL", NVIDIA's NCCL). It doubles what is sent, which is
+little, and saves a journey over the links, which is long.
 
 Why it is safe to write there: a program uses the two halves of its mailbox in turn. It
-writes a half for the second time only after it has seen every peer's flag of the call
-between, and a peer raises that flag only after all of its earlier call is done. Flags
-count calls, so that none is ever taken down.
+writes a half for the second time only after it has every peer's words of the call
+between, and a peer sends those only after all of its earlier call is done. Flags count
+calls, so that none is ever taken down.
 
 JAX takes inline assembly for a pure function. Every piece therefore takes a number that
 an earlier one gives (always 0, which the compiler cannot know), and repeating a piece
-does no harm. Sums of such numbers over all threads are what joins the threads.
+does no harm. The sum of such numbers over all threads is what joins the threads.
 """
 
 import dataclasses
@@ -27,7 +32,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.triton import cost, num_bytes
 
-_WORD = 4  # bytes; two bfloat16 numbers
+_LETTER = 8  # bytes: a word of two bfloat16 numbers, and its flag
+_IN_FLIGHT = 16  # letters that a thread waits for at once
 _PATIENCE = 40_000_000_000  # clock cycles, some 20 s; who still waits then stops
 
 
@@ -46,18 +52,26 @@ class Mailbox:
     width: int
 
     @property
-    def counters(self) -> int:
-        """Offset in bytes of the calls so far, one number a row."""
-        return self.rows * self.peers * _WORD
+    def letters(self) -> int:
+        """Offset in bytes of what peers send: [2, peers, rows, width / 2].
+
+        Before it stand the calls so far, one number of four bytes a row.
+        """
+        return -(-self.rows * 4 // 128) * 128
 
     @property
-    def letters(self) -> int:
-        """Offset in bytes of what peers send: [2, peers, rows, width]."""
-        return self.counters + -(-self.rows * _WORD // 128) * 128
+    def row_bytes(self) -> int:
+        """Of the letters of one row."""
+        return self.width // 2 * _LETTER
 
     @property
     def num_bytes(self) -> int:
-        return self.letters + 2 * self.peers * self.rows * self.width * 2
+        return self.letters + 2 * self.peers * self.rows * self.row_bytes
+
+
+def num_warps_of(width: int) -> int:
+    """Returns the warps of a program: eight words, of two numbers, to a thread."""
+    return min(max(width // (2 * 8 * 32), 1), 16)
 
 
 def refusal(*, width: int) -> str | None:
@@ -80,6 +94,7 @@ def add_and_norm(
     me: Int[Array, ""] | None = None,
     addresses: Int[Array, "n 2"] | None = None,
     groups: str = "",
+    num_warps: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D"] | None]:
     """Returns the residual stream with `part` of all peers added, and it normed.
@@ -93,6 +108,7 @@ def add_and_norm(
       me: this device's place among the peers.
       addresses: of each peer's mailbox, low and high half.
       groups: of devices that sum, as HLO writes replica groups; for the ledger.
+      num_warps: threads of a program, in warps of 32; None: `num_warps_of`.
       interpret: run as ordinary operations, on any device; without peers only.
 
     Raises:
@@ -138,8 +154,12 @@ def add_and_norm(
             "replica_groups": groups,
             "payload_bytes": str(num_bytes(x)),
         }
+    num_warps = num_warps or num_warps_of(width)
     kernel = functools.partial(
-        _add_and_norm, eps=None if scale is None else eps, mailbox=mailbox
+        _add_and_norm,
+        eps=None if scale is None else eps,
+        mailbox=mailbox,
+        threads=32 * num_warps,
     )
     results = pl.pallas_call(
         kernel,
@@ -147,7 +167,7 @@ def add_and_norm(
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, spec in outputs],
         out_shape=[shape for shape, _ in outputs],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         name="all_reduce_add" if mailbox else "add",
         metadata=says,
         interpret=interpret,
@@ -155,24 +175,30 @@ def add_and_norm(
     return results[0], None if scale is None else results[1]
 
 
-def _add_and_norm(*refs: Any, eps: float | None, mailbox: Mailbox | None) -> None:
+def _add_and_norm(
+    *refs: Any, eps: float | None, mailbox: Mailbox | None, threads: int
+) -> None:
     """One program: one token."""
     rest = list(refs)
     x_ref, part_ref = rest.pop(0), rest.pop(0)
     scale_ref: Any = None if eps is None else rest.pop(0)
     peers = [rest.pop(0), rest.pop(0)] if mailbox else []
     sum_ref = rest.pop(0)
-    # Even and odd numbers apart: a word that is sent holds one of each.
-    even = 2 * jnp.arange(x_ref.shape[0] // 2)
-    halves = (even, even + 1)
+    # A word that is sent holds a number of each half of the row.
+    first = jnp.arange(x_ref.shape[0] // 2)
+    halves = (first, first + x_ref.shape[0] // 2)
+    # All that is not waited for is read before.
+    stream = [plgpu.load(x_ref.at[at]) for at in halves]
+    scales = (
+        [] if scale_ref is None else [plgpu.load(scale_ref.at[at]) for at in halves]
+    )
     sums = [_sum(part_ref, at) for at in halves]
     if mailbox:
         parts = [part.astype(x_ref.dtype) for part in sums]
-        sums, done = _exchange(parts, mailbox, *peers)
+        sums, done = _exchange(parts, mailbox, threads, *peers)
         rest[-1][...] = done
     total = []
-    for at, add in zip(halves, sums, strict=True):
-        old = plgpu.load(x_ref.at[at])
+    for at, old, add in zip(halves, stream, sums, strict=True):
         total.append(old + add.astype(old.dtype))
         plgpu.store(sum_ref.at[at], total[-1])
     if eps is None:
@@ -181,8 +207,7 @@ def _add_and_norm(*refs: Any, eps: float | None, mailbox: Mailbox | None) -> Non
     wide = [half.astype(jnp.float32) for half in total]
     power = sum(jnp.sum(half * half) for half in wide) / x_ref.shape[0]
     factor = jax.lax.rsqrt(power + eps)
-    for at, half in zip(halves, wide, strict=True):
-        scale = plgpu.load(scale_ref.at[at])
+    for at, half, scale in zip(halves, wide, scales, strict=True):
         plgpu.store(normed_ref.at[at], (half * factor).astype(scale.dtype) * scale)
 
 
@@ -195,14 +220,17 @@ def _sum(part_ref: Any, at: Array) -> Array:
 
 
 def _exchange(
-    parts: list[Array], mailbox: Mailbox, me_ref: Any, addresses_ref: Any
+    parts: list[Array],
+    mailbox: Mailbox,
+    threads: int,
+    me_ref: Any,
+    addresses_ref: Any,
 ) -> tuple[list[Array], Array]:
     """Returns the sums over all peers, and 0 once this call is counted."""
     row, me, peers = pl.program_id(0), me_ref[0], mailbox.peers
-    every = jnp.arange(pl.next_power_of_2(peers))
-    peer = jnp.minimum(every, peers - 1)
     words = _pack(*parts)
-    at = jnp.arange(words.shape[0]) * _WORD
+    count = words.shape[0]
+    together = max(1, min(_IN_FLIGHT, count // threads))
 
     def address(of: Any) -> tuple[Array, Array]:
         return (
@@ -211,90 +239,93 @@ def _exchange(
         )
 
     mine = address(me)
-    counter = mailbox.counters + row * _WORD
-    calls = _asm("ld.volatile.global.u32 $0, [a];", *mine, counter, jnp.int32(0))
+    calls = _asm("ld.volatile.global.u32 $0, [a0];", (*mine, row * 4), jnp.int32(0))
     call = jnp.sum(calls) + jnp.int32(1)
-    half = call & jnp.int32(1)
+    half = (call & jnp.int32(1)) * peers
 
     def letter(sender: Any) -> Array:
-        place = (half * peers + sender) * mailbox.rows + row
-        return mailbox.letters + place * mailbox.width * 2 + at
+        place = (half + sender) * mailbox.rows + row
+        return mailbox.letters + place * mailbox.row_bytes + jnp.arange(count) * _LETTER
 
-    sent = jnp.int32(0)
-    for i in range(peers):
-        # Each begins with its neighbour, so that no link is everybody's first.
-        to = (me + 1 + i) % peers
-        sent += jnp.sum(
-            _asm(
-                "st.relaxed.sys.global.u32 [a], $4; mov.u32 $0, 0;",
-                *address(to),
-                letter(me),
-                words,
-            )
-        )
-    # By the first warp, which holds all of so short an array.
-    raised = jnp.sum(
-        _asm(
-            "mov.u32 t, %tid.x; setp.lt.u32 p, t, 32;"
-            " @p st.release.sys.global.u32 [a], $4; mov.u32 $0, 0;",
-            *address(peer),
-            (row * peers + me) * _WORD,
-            call + sent,
-        )
-    )
-    come = jnp.int32(0)
-    for i in range(peers):  # by every thread, each of which reads what has come
-        wait = _asm(
-            "mov.u64 s, %clock64;"
-            " WAIT: ld.acquire.sys.global.u32 t, [a]; sub.u32 t, t, $4;"
-            " setp.ge.s32 p, t, 0; @p bra COME;"
-            " mov.u64 o, %clock64; sub.u64 o, o, s;"
-            f" setp.gt.u64 p, o, {_PATIENCE}; @p trap; bra WAIT;"
-            " COME: mov.u32 $0, 0;",
-            *mine,
-            (row * peers + i) * _WORD,
-            call + raised,
-        )
-        come += jnp.sum(wait)
+    # Each begins with its neighbour, so that no link is everybody's first.
+    others = [(me + 1 + i) % peers for i in range(peers - 1)]
+    zeros = jnp.zeros(words.shape, jnp.int32)
+    for other in others:
+        send = "st.volatile.global.v2.u32 [a0], {$4, $5}; mov.u32 $0, 0;"
+        zeros += _asm(send, (*address(other), letter(me)), words, call)
+    come = [
+        _asm(_wait(together), (*mine, letter(other)), call + zeros, together=together)
+        for other in others
+    ]
     sums = [jnp.zeros(words.shape, jnp.float32)] * 2
     for i in range(peers):  # in one order, so that all peers have the same sum
-        got = _asm(
-            "cvt.u64.u32 o, $4; add.s64 a, a, o; ld.relaxed.sys.global.u32 $0, [a];",
-            *mine,
-            letter(i),
-            come,
-        )
-        sums = [old + new for old, new in zip(sums, _unpack(got), strict=True)]
+        word = words
+        for other, got in zip(others, come, strict=True):
+            word = jnp.where(other == i, got, word)
+        sums = [old + new for old, new in zip(sums, _unpack(word), strict=True)]
+    read = sum((jnp.sum(got & zeros) for got in come), call)
     done = _asm(
-        "st.volatile.global.u32 [a], $4; mov.u32 $0, 0;", *mine, counter, call + come
+        "st.volatile.global.u32 [a0], $4; mov.u32 $0, 0;", (*mine, row * 4), read
     )
     return sums, jnp.sum(done)
 
 
-def _asm(code: str, low: Any, high: Any, offset: Any, value: Any) -> Array:
-    """Returns what `code` gives at address `a`, low + 2^32 high + offset, with `$4`."""
-    shape = jnp.broadcast_shapes(*map(jnp.shape, (low, high, offset, value)), (1,))
-    args = [
-        jnp.broadcast_to(jnp.asarray(x).astype(jnp.int32), shape)
-        for x in (low, high, offset, value)
-    ]
+def _wait(together: int) -> str:
+    """Returns code that waits for letters and gives their words.
+
+    All are read before any flag is looked at; so long as one is not that of this call,
+    all are read again.
+    """
+    each = range(together)
+    flag = 4 * together  # of the first letter, as it should be
+    reads = " ".join(f"ld.volatile.global.v2.u32 {{w{i}, f{i}}}, [a{i}];" for i in each)
+    looks = " ".join(f"xor.b32 t, f{i}, ${flag + i}; or.b32 u, u, t;" for i in each)
+    gives = " ".join(f"mov.u32 ${i}, w{i};" for i in each)
+    names = ", ".join(f"w{i}, f{i}" for i in each)
+    return (
+        f".reg .u32 {names}; mov.u64 s, %clock64; WAIT: mov.u32 u, 0; {reads} {looks}"
+        " setp.eq.u32 p, u, 0; @p bra COME; mov.u64 o, %clock64; sub.u64 o, o, s;"
+        f" setp.gt.u64 p, o, {_PATIENCE}; @p trap; bra WAIT; COME: {gives}"
+    )
+
+
+def _asm(
+    code: str, address: tuple[Any, Any, Any], *values: Any, together: int = 1
+) -> Array:
+    """Returns what `code` gives at addresses a0, a1, ...
+
+    Args:
+      code: PTX. Of `together` elements at once, $0, $1, ... are first the results,
+        then the parts of their addresses, then the values, each of all elements.
+      address: low + 2^32 high + offset.
+      values: other inputs.
+      together: elements that one piece of code is for.
+    """
+    inputs = (*address, *values)
+    shape = jnp.broadcast_shapes(*map(jnp.shape, inputs), (1,))
+    args = [jnp.broadcast_to(jnp.asarray(x).astype(jnp.int32), shape) for x in inputs]
+    addresses = "".join(
+        f" .reg .b64 a{i}; mov.b64 a{i}, {{${together + i}, ${2 * together + i}}};"
+        f" cvt.u64.u32 o, ${3 * together + i}; add.s64 a{i}, a{i}, o;"
+        for i in range(together)
+    )
+    constraints = ["=r"] * together + ["r"] * (len(args) * together)
     return plgpu.elementwise_inline_asm(
-        "{ .reg .b64 a, o, s; .reg .pred p; .reg .u32 t; mov.b64 a, {$1, $2};"
-        f" cvt.u64.u32 o, $3; add.s64 a, a, o; {code} }}",
+        f"{{ .reg .b64 o, s; .reg .pred p; .reg .u32 t, u;{addresses} {code} }}",
         args=args,
-        constraints="=r,r,r,r,r",
-        pack=1,
+        constraints=",".join(constraints),
+        pack=together,
         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)],
     )[0]
 
 
-def _pack(even: Array, odd: Array) -> Array:
+def _pack(low: Array, high: Array) -> Array:
     """Returns words of two bfloat16 numbers each."""
-    low, high = (
+    first, second = (
         jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32)
-        for x in (even, odd)
+        for x in (low, high)
     )
-    return (low & jnp.int32(0xFFFF)) | (high << 16)
+    return (first & jnp.int32(0xFFFF)) | (second << 16)
 
 
 def _unpack(words: Array) -> tuple[Array, Array]:

@@ -5,6 +5,10 @@ blocks, as far as its sequence has got; keeps a running softmax (Dao et al. 2022
 arXiv:2205.14135); and writes the new token's key and value in place. Where sequences
 and heads are fewer than a GPU has cores, positions are split among programs and their
 parts joined by a second, small kernel ("Flash-decoding", Dao et al. 2023).
+
+It takes the product as it comes, perhaps in parts: adding them up, and turning queries
+and keys by their position, would else be kernels of their own, each of which takes a
+microsecond or two to do next to nothing.
 """
 
 import functools
@@ -39,10 +43,23 @@ def splits_of(sequences: int, heads: int, length: int, block: int = BLOCK) -> in
     return max(1, min(wanted, length // block))
 
 
+def grouped(qkv: Float[Array, "P B N S H"], heads: int) -> Float[Array, "P B K T H"]:
+    """Returns heads in groups, each with all its queries, one key and one value.
+
+    With more tensor shards than key/value heads, each head is computed several times.
+    """
+    parts, batch, count, slots, width = qkv.shape
+    if count == heads:
+        return qkv
+    apart = qkv.reshape(parts, batch, heads, count // heads, slots, width)
+    queries = apart[..., :-2, :].reshape(parts, batch, heads, -1, width)
+    return jnp.concatenate([queries, apart[..., 0, -2:, :]], axis=-2)
+
+
 def token_attention(
-    q: Float[Array, "B K G H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
+    qkv: Float[Array, "P B K S H"],
+    cos: Float[Array, "B C"],
+    sin: Float[Array, "B C"],
     kv: KV,
     positions: Int[Array, " B"],
     keep: Bool[Array, ""] | None = None,
@@ -56,9 +73,10 @@ def token_attention(
     """Returns attention over the cache and the new token, and the cache with it.
 
     Args:
-      q: queries of the new token, grouped by key/value head; G at most 16.
-      k: its keys.
-      v: its values.
+      qkv: parts to add up; of each key/value head the queries of the new token, its key
+        and its value, S = G + 2, not rotated; G at most 16.
+      cos: of the rotary angles of the token.
+      sin: of the same.
       kv: the layer's cache, each [B, K, S, H]; updated in place.
       positions: of the new token; later entries of the cache are not read.
       keep: where True, the cache stays as it is (an idle pipeline tick).
@@ -71,15 +89,16 @@ def token_attention(
     Raises:
       ValueError: the shapes do not suit the kernel.
     """
-    batch, heads, group, width = q.shape
+    _, batch, heads, slots, width = qkv.shape
+    group = slots - 2
     length = kv.k.shape[2]
     if reason := refusal(group=group, width=width, size=kv.k.size):
         raise ValueError(reason)
     parts = splits or splits_of(batch, heads, length, block)
     keep = jnp.asarray(False if keep is None else keep).astype(jnp.int32).reshape(1)
-    dtype = q.dtype if parts == 1 else jnp.float32
+    dtype = kv.k.dtype if parts == 1 else jnp.float32
 
-    new = pl.BlockSpec((None, None, width), lambda b, h, part: (b, h, 0))
+    turn = pl.BlockSpec((None, width // 2), lambda b, h, part: (b, 0))
     cache = pl.BlockSpec(kv.k.shape, lambda b, h, part: (0, 0, 0, 0))
     result = pl.BlockSpec(
         (None, None, None, ROWS, width), lambda b, h, part: (b, h, part, 0, 0)
@@ -88,16 +107,18 @@ def token_attention(
     shape = (batch, heads, parts, group)
     weighed = jax.ShapeDtypeStruct((*shape, width), dtype)
     sums = jax.ShapeDtypeStruct(shape, jnp.float32)
+    step = functools.partial(_attend, block=block, parts=parts, group=group)
     keys, values, out, top, total = pl.pallas_call(
-        functools.partial(
-            _attend, block=block, parts=parts, group=group, scale=width**-0.5
-        ),
+        step,
         grid=(batch, heads, parts),
         in_specs=[
             pl.BlockSpec((batch,), lambda b, h, part: (0,)),
             pl.BlockSpec((1,), lambda b, h, part: (0,)),
-            pl.BlockSpec((None, None, ROWS, width), lambda b, h, part: (b, h, 0, 0)),
-            *(new, new, cache, cache),
+            pl.BlockSpec(
+                (len(qkv), None, None, ROWS, width),
+                lambda b, h, part: (0, b, h, 0, 0),
+            ),
+            *(turn, turn, cache, cache),
         ],
         out_specs=[cache, cache, result, softmax, softmax],
         out_shape=[
@@ -112,15 +133,17 @@ def token_attention(
         name="token_attention",
         metadata=cost(
             matmul_flops=4 * batch * heads * group * length * width,
-            other_flops=5 * batch * heads * group * length,
-            # The new key and value are read and written.
-            hbm_bytes=num_bytes(q, positions, *kv, k, v, k, v, weighed, sums, sums),
+            other_flops=5 * batch * heads * group * length + 4 * qkv.size,
+            # The new key and value are written, beside the cache that is read.
+            hbm_bytes=num_bytes(qkv, cos, sin, positions, *kv, weighed, sums, sums)
+            + 2 * batch * heads * width * kv.k.dtype.itemsize,
         ),
         interpret=interpret,
-    )(positions, keep, q, k, v, kv.k, kv.v)
+    )(positions, keep, qkv, cos, sin, kv.k, kv.v)
     if parts == 1:
         return out[:, :, 0], KV(keys, values)
-    return _join(out, top, total, q.dtype, interpret=interpret), KV(keys, values)
+    joined = _join(out, top, total, kv.k.dtype, interpret=interpret)
+    return joined, KV(keys, values)
 
 
 def refusal(*, group: int, width: int, size: int) -> str | None:
@@ -152,9 +175,9 @@ def refusal(*, group: int, width: int, size: int) -> str | None:
 def _attend(
     position_ref: Any,
     keep_ref: Any,
-    q_ref: Any,
-    new_k_ref: Any,
-    new_v_ref: Any,
+    qkv_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
     k_ref: Any,
     v_ref: Any,
     k_out_ref: Any,
@@ -166,15 +189,32 @@ def _attend(
     block: int,
     parts: int,
     group: int,
-    scale: float,
 ) -> None:
     """One program: the queries of a head over one part of its positions."""
     b, h, part = (pl.program_id(i) for i in range(3))
     position = position_ref[b]
+    width = qkv_ref.shape[-1]
+    scale = width**-0.5
     # Blocks reach past the last query: their rows are neither read nor written.
     real = jnp.arange(ROWS) < group
-    q = plgpu.load(q_ref, mask=real[:, None], other=0.0)
-    new_k, new_v = new_k_ref[...], new_v_ref[...]
+    # Coordinate pairs (i, i + H/2) turn, as in `jaxllm.layers.rotate`.
+    column, dtype = jnp.arange(width), k_ref.dtype
+    upper = column >= width // 2
+    angle = jnp.where(upper, column - width // 2, column)
+    pair = jnp.where(upper, column - width // 2, column + width // 2)
+    cos, sin = plgpu.load(cos_ref.at[angle]), plgpu.load(sin_ref.at[angle])
+    sin = jnp.where(upper, sin, -sin)
+    rows, columns, pairs, every = (
+        jnp.broadcast_to(x, (ROWS, width))
+        for x in (jnp.arange(ROWS)[:, None], column[None], pair[None], real[:, None])
+    )
+    q = _taken(qkv_ref, (rows, columns), dtype, every) * cos[None]
+    q += _taken(qkv_ref, (rows, pairs), dtype, every) * sin[None]
+    q = q.astype(dtype)
+    new_k = _taken(qkv_ref, (group, column), dtype) * cos
+    new_k += _taken(qkv_ref, (group, pair), dtype) * sin
+    new_k = new_k.astype(dtype)
+    new_v = _taken(qkv_ref, (group + 1, column), dtype).astype(dtype)
     # The new token is the first part's; what is older comes from the cache.
     own = part == 0
     score = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None], axis=1)
@@ -213,6 +253,20 @@ def _attend(
     writes = jnp.broadcast_to(own & (keep_ref[0] == 0), new_k.shape)
     plgpu.store(k_out_ref.at[b, h, position], new_k, mask=writes)
     plgpu.store(v_out_ref.at[b, h, position], new_v, mask=writes)
+
+
+def _taken(
+    qkv_ref: Any, at: tuple[Any, Any], dtype: Any, mask: Array | None = None
+) -> Array:
+    """Returns the sums of all parts at rows and columns, in float32.
+
+    They are rounded to `dtype`, as one product's results are.
+    """
+    masked = {} if mask is None else {"mask": mask, "other": 0.0}
+    total = plgpu.load(qkv_ref.at[(0, *at)], **masked)
+    for i in range(1, qkv_ref.shape[0]):
+        total += plgpu.load(qkv_ref.at[(i, *at)], **masked)
+    return total.astype(dtype).astype(jnp.float32)
 
 
 def _join(

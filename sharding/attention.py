@@ -27,7 +27,8 @@ from jaxllm.attention import (
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.decode import TokenAttention
+from jaxllm.decode import TokenAttention, for_token
+from jaxllm.layers import Place
 from sharding.rules import AxisRules
 from sharding.target import Target
 
@@ -223,26 +224,36 @@ def token_attention(
         return None
     inner = tuple(axis for axis in axes if axis not in manual)
     spec = functools.partial(rules.spec, phase="decode", keep=inner)
-    queries = spec(("cache_batch", "kv_heads", None, "head_dim"))
-    new = spec(("cache_batch", "kv_heads", "head_dim"))
+    heads = ("cache_batch", "kv_heads", None, "head_dim")
+    turns = spec(("cache_batch", None))
     cached: Any = KV(*[cast(Any, spec(CACHE_AXES))] * 2)
 
-    def attend(q: jax.Array, new: KV, cache: CacheLayer, positions: jax.Array):
+    def attend(
+        qkv: jax.Array, angles: jax.Array, cache: CacheLayer, positions: jax.Array
+    ):
+        parts = qkv.reshape(-1, *qkv.shape[-5:])[:, :, 0]
         keep = jnp.asarray(False if cache.keep is None else cache.keep)
         out, kv = mapped(
-            q[:, 0],
-            new.k[:, :, 0],
-            new.v[:, :, 0],
+            token_kernel.grouped(parts, cache.kv.k.shape[1]),
+            jnp.cos(angles[:, 0]),
+            jnp.sin(angles[:, 0]),
             cache.kv,
-            jnp.broadcast_to(positions, q.shape[:1]),
+            jnp.broadcast_to(positions, parts.shape[1:2]),
             keep,
         )
         return out[:, None], dataclasses.replace(cache, kv=kv)
 
     mapped = jax.shard_map(
         functools.partial(token_kernel.token_attention, interpret=interpret),
-        in_specs=(queries, new, new, cached, spec(("cache_batch",)), spec(())),
-        out_specs=(queries, cached),
+        in_specs=(
+            spec((None, *heads)),
+            turns,
+            turns,
+            cached,
+            spec(("cache_batch",)),
+            spec(()),
+        ),
+        out_specs=(spec(heads), cached),
         axis_names=set(inner),
         check_vma=False,
     )
@@ -250,14 +261,15 @@ def token_attention(
 
 
 def split_attention(
-    rules: AxisRules, axes: Sequence[str], manual: Sequence[str]
+    rules: AxisRules, axes: Sequence[str], manual: Sequence[str], place: Place
 ) -> TokenAttention:
     """Returns attention of one token over a cache whose positions are split.
 
     Each device writes if the position is one of its own, attends to those it holds,
     and sends each peer the heads that are the peer's. The compiler, which cannot know
     whose a position is, would gather the whole cache to write one. Ordinary operations,
-    mapped as in `prompt_attention`, whose arguments these are.
+    mapped as in `prompt_attention`, whose arguments these are; `place` pins what comes
+    before.
     """
     inner = tuple(axis for axis in axes if axis not in manual)
     spec = functools.partial(rules.spec, phase="decode", keep=inner)
@@ -290,7 +302,10 @@ def split_attention(
         done = join_parts(parts[..., :-2], parts[..., -2], parts[..., -1])
         return done.astype(q.dtype)[:, None], layer.kv
 
-    def attend(q: jax.Array, new: KV, cache: CacheLayer, positions: jax.Array):
+    def attend(
+        qkv: jax.Array, angles: jax.Array, cache: CacheLayer, positions: jax.Array
+    ):
+        q, new = for_token(qkv, angles, cache.kv.k.shape[-3], place)
         lead = len(cache.index)
         specs = jax.tree.map(
             lambda x: spec(((None,) * lead + CACHE_AXES)[: x.ndim]), cache.kv

@@ -108,13 +108,20 @@ def curve(calibration: Calibration, name: str, size: str, **at: str) -> Curve | 
 
 
 @functools.lru_cache(maxsize=64)
-def collective_curves(calibration: Calibration, kind: str) -> Mapping[int, Curve]:
+def collective_curves(
+    calibration: Calibration, kind: str, by: str = "xla"
+) -> Mapping[int, Curve]:
     """Returns the time of a collective over its payload, by group size.
 
-    As XLA chooses to do it, and without `collective_gap_s`.
+    Without `collective_gap_s`.
+
+    Args:
+      calibration: of the chip.
+      kind: of the collective.
+      by: what does it: "xla" as it chooses, or this project's kernel, "triton".
     """
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for s in calibration.select("collective", kind=kind, by="xla"):
+    for s in calibration.select("collective", kind=kind, by=by):
         found[s["group"]].append((s["bytes"], work_s(calibration, s)))
     return {n: c for n, points in found.items() if (c := curve_of(points))}
 

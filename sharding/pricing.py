@@ -79,7 +79,7 @@ class Pricer:
         by_axis: dict[str, float] = {}
         for row in step.sends:
             each = row.kind, row.group_size, row.payload_bytes, row.wire_bytes
-            taken = rates.collective_s(self.chip, *each)
+            taken = rates.collective_s(self.chip, *each, in_kernel=step.is_kernel)
             by_axis[row.axis] = by_axis.get(row.axis, 0.0) + taken
         if by_axis and math.fsum(by_axis.values()) >= seconds:
             seconds = math.fsum(by_axis.values())

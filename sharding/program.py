@@ -504,6 +504,7 @@ class Program:
             self._manual,
             boxes,
             split=self.residual == "triton_split",
+            whole=self.token_attention == "einsum",
             on_cpu=on_cpu,
         )
 
@@ -516,11 +517,14 @@ class Program:
             self._manual,
             weights=self.weights,
             wide=platform == "cpu",
+            swap=self.overlap == "rows_swap",
         )
 
     def _token_attention(self, platform: str) -> TokenAttention | None:
         if self._splits_positions:
-            return split_attention(self.partition.rules, MESH_AXES, self._manual)
+            return split_attention(
+                self.partition.rules, MESH_AXES, self._manual, self._place(platform)
+            )
         return token_attention(
             self.token_attention,
             self.partition.rules,

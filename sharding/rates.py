@@ -179,7 +179,13 @@ def attention_s(chip: Chip, flops: float, hbm_bytes: float, *, phase: str) -> fl
 
 
 def collective_s(
-    chip: Chip, kind: str, group_size: int, payload_bytes: float, wire_bytes: float
+    chip: Chip,
+    kind: str,
+    group_size: int,
+    payload_bytes: float,
+    wire_bytes: float,
+    *,
+    in_kernel: bool = False,
 ) -> float:
     """Returns the time of one collective on one device, without `collective_gap_s`.
 
@@ -192,6 +198,7 @@ def collective_s(
       group_size: devices that take part together.
       payload_bytes: what it is about, as the ledger counts it.
       wire_bytes: what one device sends.
+      in_kernel: a kernel of this project does it, and what it does besides.
 
     Raises:
       ValueError: the kind of collective is unknown.
@@ -200,6 +207,9 @@ def collective_s(
     if chip.calibrated is None or group_size < 2:
         return ideal_s
     measured = curves.collective_curves(chip.calibrated, kind)
+    if in_kernel:
+        own = curves.collective_curves(chip.calibrated, kind, "triton")
+        measured = own or measured
     if not measured:
         return ideal_s
     near = min(measured, key=lambda n: (abs(math.log(n / group_size)), n))

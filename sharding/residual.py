@@ -113,6 +113,7 @@ def kernel_steps(
     mailboxes: Mailboxes | None,
     *,
     split: bool = False,
+    whole: bool = True,
     on_cpu: bool = False,
 ) -> Steps:
     """Returns the parts of a block that end in, or begin from, the residual stream.
@@ -123,6 +124,7 @@ def kernel_steps(
       manual: axes that an enclosing `jax.shard_map` handles.
       mailboxes: None with one tensor device, and where kernels are interpreted.
       split: multiply by `split_product`, but for gate and up, which fill a GPU.
+      whole: add up the parts of queries, keys and values, which attention does not.
       on_cpu: run kernels as ordinary operations, and sum by `psum` before.
     """
     inner = tuple(axis for axis in partition.axes if axis not in manual)
@@ -173,11 +175,14 @@ def kernel_steps(
         )(x, hidden, weight, scale)
 
     def project_local(x: jax.Array, weight: Any) -> jax.Array:
-        return multiply(x, weight).sum(0).astype(x.dtype)[:, None]
+        parts = multiply(x, weight)
+        if whole:
+            parts = parts.sum(0).astype(x.dtype)
+        return parts[..., None, :]
 
     project = mapped(
         project_local,
         in_specs=(spec(("batch", "seq", "embed")), spec(("embed", "heads"))),
-        out_specs=spec(("batch", "seq", "heads")),
+        out_specs=spec((*(() if whole else (None,)), "batch", "seq", "heads")),
     )
     return Steps(project=project if split else product, join=join)

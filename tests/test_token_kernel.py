@@ -9,7 +9,8 @@ import pytest
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import PRESETS
-from jaxllm.token_kernel import splits_of, token_attention
+from jaxllm.layers import turned
+from jaxllm.token_kernel import grouped, splits_of, token_attention
 from sharding.hlo.ledger import Ledger, read_ledger
 from sharding.partition import Partition, Workload
 from sharding.program import Program
@@ -26,8 +27,10 @@ def _arrays(shape: tuple[int, ...], length: int, dtype: str):
     def make(*sizes: int):
         return jnp.asarray(rng.standard_normal(sizes), dtype)
 
-    row, cache = (batch, heads, width), (batch, heads, length, width)
-    return make(*shape), make(*row), make(*row), KV(make(*cache), make(*cache))
+    qkv = make(batch, heads, shape[2] + 2, width)
+    cache = KV(*(make(batch, heads, length, width) for _ in range(2)))
+    angles = jnp.asarray(rng.uniform(0, 300, (batch, width // 2)), jnp.float32)
+    return qkv, angles, cache
 
 
 def _same(left: KV, right: KV) -> bool:
@@ -47,28 +50,52 @@ def _same(left: KV, right: KV) -> bool:
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("parts", [1, 3])
 def test_equals_plain_attention(
     shape: tuple[int, ...],
     length: int,
     positions: list[int],
     splits: int | None,
+    parts: int,
     dtype: str,
 ) -> None:
-    q, k, v, kv = _arrays(shape, length, dtype)
+    qkv, angles, kv = _arrays(shape, length, dtype)
     at = jnp.asarray(positions, jnp.int32)
-    out, new = token_attention(q, k, v, kv, at, splits=splits, interpret=True)
-    written = CacheLayer(kv=kv).write(KV(k[:, :, None], v[:, :, None]), at).kv
-    assert _same(new, written)
-    want = decode_attention(q[:, None], written, at)[:, 0]
+    q, k, v = turned(qkv[:, None], angles[:, None])
+    written = CacheLayer(kv=kv).write(KV(k[:, 0, :, None], v[:, 0, :, None]), at).kv
+    want = decode_attention(q, written, at)[:, 0]
+    if parts > 1:  # float32, whose sums are the product to the bit
+        pieces = [qkv.astype(jnp.float32) * share for share in (0.5, 0.25, 0.25)]
+    else:
+        pieces = [qkv]
+    turns = jnp.cos(angles), jnp.sin(angles)
+    inputs = jnp.stack(pieces), *turns, kv, at
+    out, new = token_attention(*inputs, splits=splits, interpret=True)
+    # Turned with another rounding of sums.
+    assert _same(KV(written.k, new.v), written)
+    np.testing.assert_allclose(
+        np.asarray(new.k, np.float32),
+        np.asarray(written.k, np.float32),
+        rtol=1e-2 if dtype == "bfloat16" else 0,
+        atol=1e-6,
+    )
     np.testing.assert_allclose(
         np.asarray(out, np.float32),
         np.asarray(want, np.float32),
         atol=2e-6 if dtype == "float32" else 1e-2,
     )
-    _, kept = token_attention(
-        q, k, v, kv, at, jnp.asarray(True), splits=splits, interpret=True
-    )
+    _, kept = token_attention(*inputs, jnp.asarray(True), splits=splits, interpret=True)
     assert _same(kept, kv)
+
+
+def test_heads_computed_several_times_share_a_key() -> None:
+    qkv, _, _ = _arrays((2, 6, 2, 16), 8, "float32")
+    (joined,) = grouped(qkv[None], 3)
+    assert joined.shape == (2, 3, 2 * 2 + 2, 16)
+    np.testing.assert_array_equal(joined[:, 1, :2], qkv[:, 2, :2])
+    np.testing.assert_array_equal(joined[:, 1, 2:4], qkv[:, 3, :2])
+    np.testing.assert_array_equal(joined[:, 1, 4:], qkv[:, 2, 2:])
+    np.testing.assert_array_equal(grouped(qkv[None], 6)[0], qkv)
 
 
 def test_positions_are_split_where_heads_are_few() -> None:
@@ -79,12 +106,15 @@ def test_positions_are_split_where_heads_are_few() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    q, k, v, kv = _arrays((1, 1, 17, 16), 32, "float32")
-    with pytest.raises(ValueError, match="17 query heads"):
-        token_attention(q, k, v, kv, jnp.zeros(1, jnp.int32), interpret=True)
-    q, k, v, kv = _arrays((1, 1, 4, 24), 32, "float32")
-    with pytest.raises(ValueError, match="heads 24 wide"):
-        token_attention(q, k, v, kv, jnp.zeros(1, jnp.int32), interpret=True)
+    for shape, match in (
+        ((1, 1, 17, 16), "17 query heads"),
+        ((1, 1, 4, 24), "heads 24 wide"),
+    ):
+        qkv, angles, kv = _arrays(shape, 32, "float32")
+        with pytest.raises(ValueError, match=match):
+            token_attention(
+                qkv[None], angles, angles, kv, jnp.zeros(1, jnp.int32), interpret=True
+            )
 
 
 def _decode(**changes) -> Program:

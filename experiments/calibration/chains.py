@@ -38,6 +38,7 @@ class Chain:
       operands: of one link, in a list of `distinct`.
       distinct: operands that differ.
       link: (state, operand of this link) -> state.
+      bind: makes the link for the devices of a mesh; None: it is the same for all.
       links: of a call.
       looped: a loop instead of unrolled links. XLA:CPU makes one kernel of links that
         have no operands, whatever stands between them, unless they are in a loop.
@@ -54,6 +55,7 @@ class Chain:
     operands: Any = ()
     distinct: int = 0
     link: Step
+    bind: Callable[[Mesh], Step] | None = None
     links: int = 0
     looped: bool = False
     per_link: Mapping[str, float]
@@ -84,7 +86,8 @@ class Chain:
 
     def program(self, mesh: Mesh) -> Callable[[Any, list[Any]], Any]:
         """Returns the chain as a function of state and operands."""
-        link = jax.jit(self.link)  # traced once; XLA puts it in place again
+        # Traced once; XLA puts it in place again.
+        link = jax.jit(self.bind(mesh) if self.bind else self.link)
 
         def run(state: Any, operands: list[Any]) -> Any:
             if self.looped:

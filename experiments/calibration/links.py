@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from experiments.calibration.chains import Array, Chain
 from experiments.calibration.points import BYTES, COLD_BYTES, Point
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV
+from jaxllm.norm_kernel import Mailbox, add_and_norm
 from jaxllm.quantized import Quantized, product, quantize
+from sharding.residual import make_mailboxes
 
 DTYPES = {
     "bf16": jnp.bfloat16,
@@ -185,7 +188,7 @@ def _scores(point: Point, platform: str) -> Chain:
 
 
 def _attention(point: Point, platform: str) -> Chain:
-    """The output of one is the queries of the next: nothing has to tie them."""
+    """The output of one is the queries of the next: nothing else has to tie them."""
     b, t, s, n, k, h = (int(point.at[name]) for name in "BTSNKH")
     by = str(point.at["implementation"])
     dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
@@ -198,18 +201,19 @@ def _attention(point: Point, platform: str) -> Chain:
     if by == "triton":
         from jaxllm import token_kernel
 
-        def attend(state: Any, new: KV) -> Any:
+        def attend(state: Any, turns: Any) -> Any:
             # It writes into the cache, which is therefore state; each link takes the
             # one that has waited longest.
-            q, (kv, *others) = state
+            qkv, (kv, *others) = state
             at = jnp.full((b,), s - 1, jnp.int32)
-            out, kv = token_kernel.token_attention(q, *new, kv, at)
-            return out, [*others, kv]
+            out, kv = token_kernel.token_attention(qkv, *turns, kv, at)
+            return _tie(qkv, out), [*others, kv]
 
-        state = Array((b, k, n // k, h), dtype), [cache] * common["distinct"]
-        new = KV(*[Array((b, k, h), dtype)] * 2)
-        common["distinct"] = 1
-        return Chain(state=state, operands=new, link=attend, **common)
+        qkv = Array((1, b, k, n // k + 2, h), dtype)
+        state = qkv, [cache] * common["distinct"]
+        turns = [Array((b, h // 2), jnp.float32)] * 2
+        common |= dict(distinct=1, slots=2)
+        return Chain(state=state, operands=turns, link=attend, **common)
     if by == "einsum":
 
         def attend_plainly(q: jax.Array, kv: Any) -> jax.Array:
@@ -244,6 +248,8 @@ def _library_attention(q: jax.Array, kv: Any, *, by: Any, causal: bool) -> jax.A
 def _collective(point: Point, platform: str) -> Chain:
     """Ties every collective to the next with one small kernel, or with many."""
     kind, group = str(point.at["kind"]), int(point.at["group"])
+    if point.at["by"] == "triton":
+        return _own_all_reduce(point)
     dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
     elements = int(point.at["bytes"]) // jnp.dtype(dtype).itemsize
     if kind == "all-gather":  # its payload is the result
@@ -285,4 +291,40 @@ def _collective(point: Point, platform: str) -> Chain:
         state=Array((elements,), dtype),
         link=lambda x, _: _tie(x, wait(send(x))),
         **common,
+    )
+
+
+_STREAM = 4096  # numbers of a token
+
+
+def _own_all_reduce(point: Point) -> Chain:
+    """Sums, adds and norms, as decode programs do: what is normed is summed next."""
+    rows, group = int(point.at["bytes"]) // (2 * _STREAM), int(point.at["group"])
+    devices = int(point.at["devices"])
+    box = Mailbox(peers=group, rows=rows, width=_STREAM)
+
+    def bind(mesh: Mesh) -> Callable[[Any, Any], Any]:
+        addresses = make_mailboxes(box, mesh).addresses
+
+        def link(state: Any, _: Any) -> Any:
+            x, part, scale = state
+            x, part = add_and_norm(
+                x, part, scale, 1e-5,
+                mailbox=box,
+                me=lax.axis_index("group"),
+                addresses=jnp.asarray(addresses)[lax.axis_index("other")],
+                groups=f"[{devices // group},{group}]<=[{devices}]",
+            )  # fmt: skip
+            return x, part, scale
+
+        return link
+
+    stream = Array((rows, _STREAM), jnp.bfloat16)
+    return Chain(
+        state=(stream, stream, Array((_STREAM,), jnp.bfloat16)),
+        link=lambda state, _: state,
+        bind=bind,
+        per_link={"collectives": 1},
+        devices=devices,
+        group=group,
     )

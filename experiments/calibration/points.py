@@ -202,7 +202,8 @@ def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
     """Yields all-reduces first, then the rest; powers of two of the devices.
 
     XLA:GPU reduces up to 256 KB with one kernel of its own, up to 2 MB with another,
-    and leaves the rest to NCCL: each is measured at its ends.
+    and leaves the rest to NCCL: each is measured at its ends. So is the kernel that
+    decode programs of this project may reduce with.
     """
     groups = [g for g in (2, 4, 8, 16) if num_devices % g == 0]
     all_reduce = {"full": (13, 16, 18, 19, 21, 22, 25, 28), "small": (12, 16, 20)}
@@ -215,10 +216,11 @@ def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
             for power in powers[:5] if kind == "all-reduce" else powers[:1]:
                 yield _collective(chip, "apart", kind, group, power, num_devices)
             if kind == "all-reduce" and chip.vendor == "NVIDIA":
-                for power in (13, 16, 18, 19, 21):
-                    yield _collective(
-                        chip, "collective", kind, group, power, num_devices, by="nccl"
-                    )
+                for by in ("triton", "nccl"):
+                    for power in (13, 16, 18, 19, 21):
+                        yield _collective(
+                            chip, "collective", kind, group, power, num_devices, by=by
+                        )
 
 
 def _collective(

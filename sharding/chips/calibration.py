@@ -20,7 +20,8 @@ Which benchmarks there are, what one link of each is, and what `at` says of it:
     attention   phase, implementation,        one fused attention
                 flops, bytes, B, T, S, N, K, H
     collective  kind, group, bytes, wire,     one collective and a kernel that does next
-                by, devices                   to nothing; `by` xla's choice, or nccl
+                by, devices                   to nothing; `by` xla's choice, or nccl; by
+                                              triton: this project's kernel alone
     apart       the same                      the same with nine such kernels
 
 `bytes` are of the whole link, or a collective's payload as the ledger counts it.
