@@ -243,9 +243,16 @@ def _exchange(
     call = jnp.sum(calls) + jnp.int32(1)
     half = (call & jnp.int32(1)) * peers
 
+    # A thread holds words that follow each other, and writes one at a time: those that
+    # all threads write at once are to lie side by side. Else a link takes six times as
+    # long, as it did on two H100s.
+    place_of = jnp.arange(count)
+    place_of = place_of % together * (count // together) + place_of // together
+    at = place_of * _LETTER
+
     def letter(sender: Any) -> Array:
         place = (half + sender) * mailbox.rows + row
-        return mailbox.letters + place * mailbox.row_bytes + jnp.arange(count) * _LETTER
+        return mailbox.letters + place * mailbox.row_bytes + at
 
     # Each begins with its neighbour, so that no link is everybody's first.
     others = [(me + 1 + i) % peers for i in range(peers - 1)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from jaxllm.model import Layers
+from jaxllm.product_kernel import MOST_ROWS
 from sharding.attention import Attention, Token, refusal
 from sharding.layout import Ticks
 from sharding.overlap import Overlap
@@ -32,7 +33,8 @@ class When:
       tokens_above: prompt tokens of a micro-batch.
       groups_above: groups in flight through the stages.
       layers_above: of the model.
-      devices_up_to: that the partition is over.
+      tensor_above: devices that share a layer.
+      rows_up_to: sequences of which a device decodes a token at once.
       dtypes: of activations.
     """
 
@@ -42,7 +44,8 @@ class When:
     tokens_above: int = 0
     groups_above: int = 0
     layers_above: int = 0
-    devices_up_to: int | None = None
+    tensor_above: int = 0
+    rows_up_to: int | None = None
     dtypes: tuple[str, ...] | None = None
 
     def holds(self, target: Target, program: Program) -> bool:
@@ -54,10 +57,8 @@ class When:
             and rows * program.workload.input_len > self.tokens_above
             and program.layout.groups > self.groups_above
             and program.config.num_layers > self.layers_above
-            and (
-                self.devices_up_to is None
-                or program.partition.num_devices <= self.devices_up_to
-            )
+            and program.partition.tensor > self.tensor_above
+            and (self.rows_up_to is None or program.token_rows <= self.rows_up_to)
             and (self.dtypes is None or program.dtype in self.dtypes)
         )
 
@@ -100,20 +101,45 @@ ATTENTION: tuple[tuple[When, Attention], ...] = (
     (When(), "blocks"),
 )
 
-# Decode of Llama-3.1-8B on one H100: 5.75 -> 5.61, 6.75 -> 6.52 and 10.2 -> 9.42 ms a
-# token at batch 1, 16 and 64. Programs over several GPUs have not been timed with it.
+# Decode of Llama-3.1-8B on one H100: 5.75 -> 5.61, 6.75 -> 6.47 and 10.2 -> 9.27 ms a
+# token at batch 1, 16 and 64; pp2 on two: 6.68 -> 6.19 and 8.32 -> 7.60 ms at 16 and 64.
 TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
     (
         When(
             platforms=("cuda",),
             attached=True,
             phase="decode",
-            devices_up_to=1,
             dtypes=("bfloat16", "float16"),
         ),
         "triton",
     ),
     (When(), "einsum"),
+)
+
+# With that attention, on two H100s: tp2 at batch 1 4.73 -> 3.34 ms, tp1 at 64 9.27 ->
+# 8.79, pp2 at 64 7.60 -> 7.44; no difference beyond the spread for tp1 and pp2 at 16.
+RESIDUAL: tuple[tuple[When, Residual], ...] = (
+    (
+        When(
+            platforms=("cuda",),
+            attached=True,
+            phase="decode",
+            rows_up_to=MOST_ROWS,
+            dtypes=("bfloat16",),
+        ),
+        "triton_split",
+    ),
+    (
+        When(
+            platforms=("cuda",),
+            attached=True,
+            phase="decode",
+            tensor_above=1,
+            dtypes=("bfloat16",),
+        ),
+        "triton",
+    ),
+    (When(), "plain"),
 )
 
 # What can be had instead of what the tables say, and in which phase it is asked.
@@ -188,10 +214,14 @@ def choose(
         ticks=ticks,
         attention=attention,
         token_attention="einsum",
+        residual="plain",
     )
     token = _first(TOKEN_ATTENTION, target, program)
     if not program.token_refusal(token):
         program = dataclasses.replace(program, token_attention=token)
+    residual = _first(RESIDUAL, target, program)
+    if not program.residual_refusal(residual):
+        program = dataclasses.replace(program, residual=residual)
     return change(program, changes or {})
 
 

@@ -180,7 +180,7 @@ class Program:
             raise ValueError(reason)
         if reason := self.token_refusal(self.token_attention):
             raise ValueError(reason)
-        if reason := self._residual_refusal():
+        if reason := self.residual_refusal(self.residual):
             raise ValueError(reason)
         self._check_ragged()
         self._check_micro_batches()
@@ -251,12 +251,12 @@ class Program:
         return self.partition.ways("cache_seq", "decode") > 1
 
     @property
-    def _token_rows(self) -> int:
+    def token_rows(self) -> int:
         """Sequences of which a device decodes a token at once."""
         return self.layout.replica_batch // self.layout.groups
 
-    def _residual_refusal(self) -> str | None:
-        name = self.residual
+    def residual_refusal(self, name: Residual) -> str | None:
+        """Returns why the residual cannot be `name`, None if it can."""
         if name == "plain":
             return None
         if self.phase != "decode" or self.weights:
@@ -266,7 +266,7 @@ class Program:
                 " residual='plain', which has no such limit."
             )
         return residual.refusal(
-            name, self.layout.model, self.partition, self._token_rows
+            name, self.layout.model, self.partition, self.token_rows
         )
 
     def _overlap_refusal(self) -> str | None:
@@ -494,7 +494,7 @@ class Program:
         if self.partition.tensor > 1 and not on_cpu:
             shape = Mailbox(
                 peers=self.partition.tensor,
-                rows=self._token_rows,
+                rows=self.token_rows,
                 width=self.config.embed_dim,
             )
             boxes = residual.make_mailboxes(shape, mesh)
