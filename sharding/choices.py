@@ -101,8 +101,8 @@ ATTENTION: tuple[tuple[When, Attention], ...] = (
     (When(), "blocks"),
 )
 
-# Decode of Llama-3.1-8B on one H100: 5.75 -> 5.61, 6.75 -> 6.47 and 10.2 -> 9.27 ms a
-# token at batch 1, 16 and 64; pp2 on two: 6.68 -> 6.19 and 8.32 -> 7.60 ms at 16 and 64.
+# Decode of Llama-3.1-8B on one H100: 6.75 -> 6.47 and 10.2 -> 9.27 ms a token at batch
+# 16 and 64; pp2 on two: 6.68 -> 6.19 and 8.32 -> 7.60 ms.
 TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
     (
         When(
@@ -116,8 +116,8 @@ TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
     (When(), "einsum"),
 )
 
-# With that attention, on two H100s: tp2 at batch 1 4.73 -> 3.34 ms, tp1 at 64 9.27 ->
-# 8.79, pp2 at 64 7.60 -> 7.44; no difference beyond the spread for tp1 and pp2 at 16.
+# With that attention, on two H100s: tp2 at batch 256 12.8 -> 11.5 ms, tp1 at 1 and 64
+# 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other.
 RESIDUAL: tuple[tuple[When, Residual], ...] = (
     (
         When(

@@ -24,7 +24,7 @@ from jaxllm.model import Turn, param_axes
 from jaxllm.quantized import WeightFormat, product
 from sharding.partition import Partition
 
-Overlap = Literal["none", "rows", "rows_swap"]
+Overlap = Literal["none", "rows"]
 
 
 def refusal(name: Overlap, partition: Partition, rows: int) -> str | None:
@@ -45,11 +45,6 @@ def refusal(name: Overlap, partition: Partition, rows: int) -> str | None:
             " in one, of a whole residual stream. Use a tensor degree above 1 and the"
             " rules 'megatron', or overlap='none'."
         )
-    if name == "rows_swap" and partition.tensor != 2:
-        return (
-            f"overlap {name!r} of {partition.name}: two devices swap what they add up,"
-            f" not {partition.tensor}. Use overlap='rows'."
-        )
     if rows % 2:
         return (
             f"overlap {name!r} of {rows} sequences at once: they are run in two equal"
@@ -66,7 +61,6 @@ def make_turn(
     *,
     weights: WeightFormat | None = None,
     wide: bool = False,
-    swap: bool = False,
 ) -> Turn:
     """Returns what ends a turn: a product, and its sum over `tensor` behind a barrier.
 
@@ -76,7 +70,6 @@ def make_turn(
       manual: axes that an enclosing `jax.shard_map` handles.
       weights: format of the blocks' matrices.
       wide: add in float32, see `sharding.pipeline.Pipeline`.
-      swap: of two devices, each sends its part to the other, and both add.
     """
     inner = tuple(axis for axis in partition.axes if axis not in manual)
 
@@ -89,9 +82,6 @@ def make_turn(
 
     def local(x: jax.Array, weight: Any, other: jax.Array) -> tuple[Any, Any]:
         part, other = lax.optimization_barrier((product(x, weight), other))
-        if swap:
-            theirs = lax.ppermute(part, "tensor", [(0, 1), (1, 0)])
-            return part + theirs, other
         total = lax.psum(part.astype(jnp.float32) if wide else part, "tensor")
         return total.astype(part.dtype), other
 

@@ -517,7 +517,6 @@ class Program:
             self._manual,
             weights=self.weights,
             wide=platform == "cpu",
-            swap=self.overlap == "rows_swap",
         )
 
     def _token_attention(self, platform: str) -> TokenAttention | None:
