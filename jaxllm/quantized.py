@@ -62,6 +62,11 @@ class Quantized:
         """Of the values."""
         return self.values.dtype
 
+    @property
+    def in_groups(self) -> bool:
+        """Whether groups of outputs share a scale with each row of inputs."""
+        return self.values.dtype == jnp.int4
+
 
 def check_format(what: str, name: str | None, formats: Any) -> None:
     """Refuses a format that does not exist; None stands for the activations' dtype.
