@@ -29,7 +29,7 @@ WeightFormat = Literal["int8", "fp8", "int4"]
 KVFormat = Literal["int8", "fp8"]
 
 GROUP = 128  # outputs that share a scale with a row of inputs, at most
-MANY_TOKENS = 256  # from which on a weight in groups is written out wide
+MANY_TOKENS = 256  # of prompts, from which on a weight in groups is written out wide
 
 _DTYPES: Mapping[str, Any] = {
     "int8": jnp.int8,
@@ -61,6 +61,11 @@ class Quantized:
     def dtype(self) -> Any:
         """Of the values."""
         return self.values.dtype
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether groups of outputs share a scale with each row of inputs."""
+        return self.values.dtype == jnp.int4
 
 
 def check_format(what: str, name: str | None, formats: Any) -> None:
@@ -134,8 +139,9 @@ def dequantize(stored: Quantized) -> Float[Array, "D N"]:
 def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
     """Returns `x` times a weight, an array [D, N] or `Quantized`.
 
-    Groups are products of their own for a few tokens. Of many, which are scaled anew
-    for every group, the weight is the smaller: it is written out wide, layer by layer.
+    Groups are products of their own while decoding, at any batch, and for a few tokens
+    of prompts. Many tokens are read in loops, where XLA:GPU would write the activations
+    out anew for every group: there the weight is, layer by layer, which is smaller.
     """
     if not isinstance(weight, Quantized):
         return jnp.einsum("BTD,DN->BTN", x, weight)
@@ -146,7 +152,7 @@ def product(x: Float[Array, "B T D"], weight: Any) -> Float[Array, "B T N"]:
         out = jax.lax.optimization_barrier(out).astype(jnp.float32)
         return (out * scale[None, None]).astype(x.dtype)
     scale = scale.astype(x.dtype)
-    if x.shape[0] * x.shape[1] < MANY_TOKENS:
+    if x.shape[1] == 1 or x.shape[0] * x.shape[1] < MANY_TOKENS:
         rows = x[None] * scale[:, None, None]
         out = jnp.einsum("JBTD,JgD->BTJg", rows, values).reshape(*x.shape[:2], -1)
     else:

@@ -5,11 +5,17 @@ own; with several, every block array gains a leading stage dimension, and a stag
 with fewer layers than the longest is filled up with layers of zeros, which add
 nothing to the residual stream. A stage holds the cache of every group in flight, in
 slots: arrays of their own where ticks are unrolled, else one array a layer.
+
+Scales of groups gain no dimension: those of all stages lie behind each other along
+their first, so that what a device holds is the array that a product takes. XLA:GPU
+multiplies by such a scale on its way into the product; of one that was sliced or
+reshaped before, it writes the activations or the weight out scaled.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,9 +42,9 @@ from jaxllm.quantized import (
 )
 from sharding.computed import widen
 from sharding.partition import Partition, Workload
-from sharding.rules import MESH_AXES
+from sharding.rules import MESH_AXES, Name
 
-Names = tuple[str | None, ...]
+Names = tuple[Name, ...]
 Ticks = Literal["unrolled", "scanned"]
 
 _ALIGNED = 128  # positions; XLA:GPU splits a sum in up to 16 pieces of multiples of 8
@@ -77,6 +83,47 @@ class Named(NamedTuple):
 
 def _is_named(x: Any) -> bool:
     return isinstance(x, Named)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def local_blocks(blocks: Tree) -> Tree:
+    """Returns what a stage holds of all stages' blocks, inside `jax.shard_map`.
+
+    Drops the stage dimension, of size 1 there, of every array that has one.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not _is_quantized(leaf):
+            return leaf[0]
+        scale = leaf.scale if leaf.in_groups else leaf.scale[0]
+        return Quantized(values=leaf.values[0], scale=scale)
+
+    return jax.tree.map(one, blocks, is_leaf=_is_quantized)
+
+
+def _with_scales(change: Callable[[Any], Any], blocks: Tree) -> Tree:
+    """Returns stages' blocks, arrays or `Named`, with the scales of groups changed."""
+
+    def one(leaf: Any) -> Any:
+        if not (_is_quantized(leaf) and leaf.in_groups):
+            return leaf
+        return dataclasses.replace(leaf, scale=change(leaf.scale))
+
+    return jax.tree.map(one, blocks, is_leaf=lambda x: _is_named(x) or _is_quantized(x))
+
+
+def _behind(scale: jax.Array) -> jax.Array:
+    """Returns [stage, n, ...] as [stage x n, ...]: see the top of this file."""
+    return scale.reshape(-1, *scale.shape[2:])
+
+
+def _named_behind(scale: Named) -> Named:
+    """Returns what `_behind` gives: the first dimension has two names."""
+    (stage, first, *shape), dtype, (outer, inner, *names) = scale
+    return Named((stage * first, *shape), dtype, ((outer, inner), *names))
 
 
 @functools.cache
@@ -170,20 +217,28 @@ class Layout:
 
     def named_params(self) -> Params:
         """Returns `Named` for every parameter."""
-        shapes = _param_shapes(self.model, self.dtype, self.weights)
-        axes = param_axes(self.model, self.weights)
         lead_shape, lead_names = self._leading()
 
-        def name(lead: bool, leaf: jax.ShapeDtypeStruct, names: Names) -> Named:
-            if not lead:
-                return Named(leaf.shape, leaf.dtype, names)
-            return Named(lead_shape + leaf.shape, leaf.dtype, lead_names + names)
+        def lead(n: Named) -> Named:
+            return Named(lead_shape + n.shape, n.dtype, lead_names + n.names)
 
-        ends = jax.tree.map(functools.partial(name, False), shapes.ends, axes.ends)
-        block = jax.tree.map(functools.partial(name, True), shapes.blocks, axes.blocks)
+        ends, layer = self.named_part()
+        block = jax.tree.map(lead, layer, is_leaf=_is_named)
+        if self.partition.stage > 1:
+            block = _with_scales(_named_behind, block)
         if self.layers == "scanned":
             return Params(ends=ends, blocks=block)
         return Params(ends=ends, blocks=(block,) * self.layers_per_stage)
+
+    def named_part(self) -> Params:
+        """Returns `Named` for the ends and, as `blocks`, for one layer by itself."""
+        shapes = _param_shapes(self.model, self.dtype, self.weights)
+        axes = param_axes(self.model, self.weights)
+
+        def name(leaf: jax.ShapeDtypeStruct, names: Names) -> Named:
+            return Named(leaf.shape, leaf.dtype, names)
+
+        return jax.tree.map(name, shapes, axes)
 
     def _leading(self, slots: tuple[int, ...] = ()) -> tuple[tuple[int, ...], Names]:
         """Returns the dimensions before one layer's own: stage, slots, layers."""
@@ -266,14 +321,18 @@ class Layout:
         layers to stages and fills stages up with zeros. Traceable.
         """
         ends, *blocks = map(self.store, (params.ends, *params.blocks))
-        if self.partition.stage > 1:
+        staged = self.partition.stage > 1
+        if staged:
             blocks = self._deal(blocks)
-        if self.layers == "unrolled":
-            return Params(ends=ends, blocks=tuple(blocks))
-        stacked = stack_blocks(blocks)
-        if self.partition.stage > 1:
-            stacked = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
-        return Params(ends=ends, blocks=stacked)
+        if self.layers == "scanned":
+            found = stack_blocks(blocks)
+            if staged:
+                found = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
+        else:
+            found = tuple(blocks)
+        return Params(
+            ends=ends, blocks=_with_scales(_behind, found) if staged else found
+        )
 
     def store(self, part: Tree) -> Tree:
         """Returns a block, or some ends, of the published model as they are stored."""

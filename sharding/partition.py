@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from jaxllm.config import ModelConfig
 from jaxllm.layers import MLP_PIECES, mlp_pieces
-from sharding.rules import AxisRules
+from sharding.rules import AxisRules, Name
 from sharding.tensor import MEGATRON, RULES
 
 _DEGREES = {"dp": "data", "tp": "tensor", "pp": "stage"}
@@ -115,7 +115,7 @@ class Partition:
         manual = {"data": replicas, "stage": self.stage > 1}
         return tuple(axis for axis in manual if manual[axis])
 
-    def ways(self, dimension: str, phase: str = "prefill") -> int:
+    def ways(self, dimension: Name, phase: str = "prefill") -> int:
         """Returns into how many pieces the rules cut `dimension`."""
         axes = self.axes
         return math.prod(axes[a] for a in self.rules.axes_of(dimension, phase))

@@ -43,7 +43,7 @@ from jaxllm.decode import (
 )
 from jaxllm.layers import Place, angles_at
 from jaxllm.model import Params, Steps, Tree, Turn, bind_ends, run_blocks
-from sharding.layout import State, Ticks
+from sharding.layout import State, Ticks, local_blocks
 
 _AXIS = "stage"
 
@@ -103,7 +103,7 @@ class Pipeline:
         stage = lax.axis_index(_AXIS)
         batch, seq_len = prompts.shape
         size = batch // self.micro_batches
-        blocks, cache = _local((params.blocks, state.cache))
+        blocks, cache = local_blocks(params.blocks), _local(state.cache)
         items = self._split(prompts)
         item_lengths = None if lengths is None else self._split(lengths)
         positions = jnp.broadcast_to(jnp.arange(seq_len)[None], (size, seq_len))
@@ -186,7 +186,8 @@ class Pipeline:
 
         Runs inside `jax.shard_map` over the stage axis.
         """
-        blocks, cache, hidden = _local((params.blocks, state.cache, state.hidden))
+        blocks = local_blocks(params.blocks)
+        cache, hidden = _local((state.cache, state.hidden))
         tokens = state.tokens.reshape(self.groups, -1)
         run = self._full_round if self.groups > 1 else self._single_round
         cache, tokens, hidden, logits = run(

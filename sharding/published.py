@@ -122,10 +122,7 @@ def assemble(layout: Layout, mesh: Mesh, arrays: Iterable[tuple[Part, Tree]]) ->
     if layout.partition.stage > 1 and layout.weights is None:
         even = jax.tree.map(lambda x: x.sharding, shapes(layout, mesh)[0])
     else:  # as in the stack, else compilers update it in parts, and gather all of it
-        lead = 2 if layout.partition.stage > 1 and layout.layers == "scanned" else 1
-        even = jax.tree.map(
-            lambda x: NamedSharding(mesh, PartitionSpec(*x.spec[lead:])), block
-        )
+        even = layout.shardings(layout.named_part().blocks, mesh)
     to_block, to_wide = map(widened, (block, even))
     # Made when the first layer comes, after the ends have moved.
     to_empty = functools.partial(
@@ -274,6 +271,10 @@ def _put(
     """Returns `stack` with one layer's array in its place."""
     if layout.partition.stage == 1:
         return lax.dynamic_update_index_in_dim(stack, leaf, slot, 0)
+    shape = stack.shape
+    if stack.ndim - leaf.ndim < 1 + (layout.layers == "scanned"):
+        # A scale of groups, whose stages lie behind each other.
+        stack = stack.reshape(layout.partition.stage, -1, *shape[1:])
     # A comparison, not an update at `stage`: every stage then looks at its own only.
     here = _is_stage(layout, stage, stack.ndim)
     if layout.layers == "scanned":
@@ -285,7 +286,7 @@ def _put(
         return jnp.where(here, leaf, stack)
     # In bits, for CPUs move bfloat16 as float32.
     new = jnp.where(here, _bits(leaf), _bits(stack))
-    return lax.bitcast_convert_type(new, stack.dtype)
+    return lax.bitcast_convert_type(new, stack.dtype).reshape(shape)
 
 
 def _pick(

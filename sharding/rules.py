@@ -3,12 +3,16 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from jax.sharding import PartitionSpec
 
 from jaxllm.axes import AXES
 
 MESH_AXES = ("data", "stage", "tensor")
+
+# The name of a dimension, or of several that lie in one, the outermost first.
+Name: TypeAlias = "str | tuple[Name, ...] | None"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +49,12 @@ class AxisRules:
                             f" Mesh axes are {', '.join(MESH_AXES)}."
                         )
 
-    def axes_of(self, name: str | None, phase: str) -> tuple[str, ...]:
+    def axes_of(self, name: Name, phase: str) -> tuple[str, ...]:
         """Returns the mesh axes that split dimension `name` in `phase`."""
         if name is None:
             return ()
+        if isinstance(name, tuple):
+            return tuple(axis for each in name for axis in self.axes_of(each, phase))
         if name not in self.table:
             near = difflib.get_close_matches(name, AXES, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -62,7 +68,7 @@ class AxisRules:
 
     def spec(
         self,
-        names: Sequence[str | None],
+        names: Sequence[Name],
         *,
         phase: str,
         keep: Sequence[str] = MESH_AXES,

@@ -73,6 +73,24 @@ def test_ticks_of_many_layers_are_unrolled_only_where_they_run() -> None:
 
 
 @pytest.mark.parametrize(
+    ("platform", "weights", "batch", "ticks"),
+    [
+        ("cuda", "int4", 16, "unrolled"),
+        ("cuda", "int4", 2, "unrolled"),  # one group
+        ("cuda", "int8", 16, "scanned"),
+        ("cpu", "int4", 16, "scanned"),
+    ],
+)
+def test_no_loop_stands_around_groups_on_nvidia_gpus(
+    platform: str, weights: Any, batch: int, ticks: str
+) -> None:
+    asked = dataclasses.replace(
+        program("decode", "pp8", batch, model="llama-3.1-70b"), weights=weights
+    )
+    assert choices.choose(asked, on(platform, attached=False)).ticks == ticks
+
+
+@pytest.mark.parametrize(
     ("name", "batch", "attached", "layers", "ticks"),
     [
         ("tp8", 16, True, "auto", "scanned"),  # there are none

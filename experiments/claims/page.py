@@ -24,13 +24,10 @@ NOTES = (
     " run in bfloat16. A batch is of one replica; devices left over run more replicas.",
     "† the point does not fit the node: its time is what the program would take with"
     " enough memory.",
-    "Decode with 4-bit weights scales the activations anew for every 128 outputs: with"
-    " 32 sequences a group that is two thirds of the bytes that pp8 of 405B moves, and"
-    " little under tp8, where a device has an eighth of the outputs. TPOT of pipelines"
-    " of 405B is too long by that, and so is what C12 to C14 say of them. From 256"
-    " sequences at once on, decode writes 4-bit weights out wide, as prefill does: tp8"
-    " of 405B then moves 4.3 times the least bytes, at batch 128 1.4 times, and pp8 2.5"
-    " times at 256. Verdicts on 405B at such batches rest on that.",
+    "Decode reads 4-bit weights as they are stored. With 256 long prompts pp8 of 405B"
+    " moves 1.3 times the least bytes, tp4_pp2 1.6 times and tp8 1.8 times; most of"
+    " what is too much are scores of attention, in 32 bits. Prefill writes 4-bit"
+    " weights out wide, a layer at a time.",
     "A number of the paper holds where ours is within a tenth of it.",
 )
 
