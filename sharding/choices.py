@@ -33,7 +33,7 @@ class When:
       tokens_above: prompt tokens of a micro-batch.
       groups_above: groups in flight through the stages.
       layers_above: of the model.
-      tensor_above: devices that share a layer.
+      tensor_above, tensor_up_to: devices that share a layer.
       rows_up_to: sequences of which a device decodes a token at once.
       dtypes: of activations.
       weights: formats of the blocks' matrices.
@@ -46,6 +46,7 @@ class When:
     groups_above: int = 0
     layers_above: int = 0
     tensor_above: int = 0
+    tensor_up_to: int | None = None
     rows_up_to: int | None = None
     dtypes: tuple[str, ...] | None = None
     weights: tuple[str, ...] | None = None
@@ -60,6 +61,10 @@ class When:
             and program.layout.groups > self.groups_above
             and program.config.num_layers > self.layers_above
             and program.partition.tensor > self.tensor_above
+            and (
+                self.tensor_up_to is None
+                or program.partition.tensor <= self.tensor_up_to
+            )
             and (self.rows_up_to is None or program.token_rows <= self.rows_up_to)
             and (self.dtypes is None or program.dtype in self.dtypes)
             and (self.weights is None or program.weights in self.weights)
@@ -123,13 +128,15 @@ TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
 )
 
 # With that attention, on two H100s: tp2 at batch 256 12.8 -> 11.5 ms, tp1 at 1 and 64
-# 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other.
+# 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other. It
+# has summed over two devices and never over more.
 RESIDUAL: tuple[tuple[When, Residual], ...] = (
     (
         When(
             platforms=("cuda",),
             attached=True,
             phase="decode",
+            tensor_up_to=2,
             rows_up_to=MOST_ROWS,
             dtypes=("bfloat16",),
         ),
@@ -141,6 +148,7 @@ RESIDUAL: tuple[tuple[When, Residual], ...] = (
             attached=True,
             phase="decode",
             tensor_above=1,
+            tensor_up_to=2,
             dtypes=("bfloat16",),
         ),
         "triton",

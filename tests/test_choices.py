@@ -133,7 +133,8 @@ def test_cudnn_is_for_prompts_on_nvidia_gpus(
     [
         ("tp1", True, "bfloat16", None, "auto", "triton"),
         ("tp1", False, "bfloat16", None, "auto", "einsum"),
-        ("tp2", True, "bfloat16", None, "auto", "einsum"),  # not timed
+        ("tp2", True, "bfloat16", None, "auto", "triton"),
+        ("pp2", True, "bfloat16", None, "auto", "triton"),
         ("tp1", True, "float32", None, "auto", "einsum"),
         ("tp1", True, "bfloat16", "int8", "auto", "einsum"),  # the kernel cannot
         ("tp1", True, "bfloat16", None, "scanned", "einsum"),
@@ -149,6 +150,29 @@ def test_the_kernel_of_a_token_is_where_it_was_timed_and_can_be(
         asked, on("cuda"), layers=layers, changes={"token_attention": "einsum"}
     )
     assert plain.token_attention == "einsum"
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "attached", "dtype", "residual"),
+    [
+        ("tp1", 64, True, "bfloat16", "triton_split"),
+        ("tp2", 64, True, "bfloat16", "triton_split"),
+        ("pp2", 64, True, "bfloat16", "triton_split"),
+        ("tp1", 128, True, "bfloat16", "plain"),  # there is nothing to sum
+        ("tp2", 128, True, "bfloat16", "triton"),
+        ("tp2", 1024, True, "bfloat16", "plain"),  # more than a device may send
+        ("tp4", 64, True, "bfloat16", "plain"),  # not timed
+        ("tp2", 64, False, "bfloat16", "plain"),
+        ("tp2", 64, True, "float32", "plain"),
+    ],
+)
+def test_the_kernel_that_sums_is_where_it_was_timed_and_can_be(
+    name: str, batch: int, attached: bool, dtype: str, residual: str
+) -> None:
+    asked = program("decode", name, batch, dtype=dtype)
+    assert choices.choose(asked, on("cuda", attached)).residual == residual
+    asked = program("prefill", name, batch, dtype=dtype)
+    assert choices.choose(asked, on("cuda", attached)).residual == "plain"
 
 
 def test_both_phases_share_parameters_and_cache() -> None:
