@@ -82,9 +82,16 @@ class Figure:
         return self.measured_s / self.predicted_s - 1
 
     @property
+    def run(self) -> str:
+        """The folder of the record."""
+        return self.source.rpartition(", ")[0]
+
+    @property
     def label(self) -> str:
-        """The partition, with its rules and choices if they are not the usual ones."""
+        """The partition, with its rules, choices and kernels if these are not usual."""
         own = {self.rules, self.choices.replace(",", ", ")} - {MEGATRON.name, ""}
+        if not self.choices:
+            own |= {k for k in self.kernels.split(", ") if k.startswith("triton")}
         return " ".join([self.partition, *sorted(own)])
 
     @property

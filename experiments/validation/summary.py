@@ -206,6 +206,7 @@ def _point_of(figure: Figure) -> tuple[Any, ...]:
     return (
         f.model, f.chip, f.rates, f.partition, f.rules, f.dtypes, f.layers,
         f.batch_size, f.input_len, f.output_len, f.asked_micro_batches, f.choices,
+        f.run,
     )  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def _points(
 ) -> dict[tuple[Any, ...], list[dict[str, Figure]]]:
     """Returns points that differ in their partition alone, each metric -> figure.
 
-    Programs that were asked to be written otherwise are another question.
+    Programs that were asked to be written otherwise are another question, and those of
+    another run may have had other devices.
     """
     points: dict[tuple[Any, ...], dict[str, Figure]] = {}
     for f in figures:
@@ -224,7 +226,7 @@ def _points(
         f = next(iter(point.values()))
         where = (
             f.model, f.chip, f.rates, f.dtypes, f.layers, f.batch_size,
-            f.input_len, f.output_len, f.choices,
+            f.input_len, f.output_len, f.choices, f.run,
         )  # fmt: skip
         groups.setdefault(where, []).append(point)
     return groups
