@@ -206,7 +206,8 @@ def _attention(point: Point, platform: str) -> Chain:
             # one that has waited longest.
             qkv, (kv, *others) = state
             at = jnp.full((b,), s - 1, jnp.int32)
-            out, kv = token_kernel.token_attention(qkv, *turns, kv, at)
+            cos, sin = turns
+            out, kv = token_kernel.token_attention(qkv, cos, sin, kv, at)
             return _tie(qkv, out), [*others, kv]
 
         qkv = Array((1, b, k, n // k + 2, h), dtype)
