@@ -99,7 +99,10 @@ class TestCommitted:
 
     @pytest.mark.parametrize("run", ["2026-11-23-h100x2", "2026-11-23-h100x2-kernels"])
     def test_programs_need_no_device(self, run: str) -> None:
-        """Collectives and FLOPs are those of the programs that ran, to the last."""
+        """Collectives are those of the programs that ran, to the last, and FLOPs.
+
+        Other versions of jax write a few hundred FLOPs of billions otherwise.
+        """
         (least,) = (
             one
             for one in self.measured
@@ -110,7 +113,7 @@ class TestCommitted:
         assert len(found.pairs) == 2
         for pair in found.pairs:
             assert pair.same_collectives
-            assert pair.described.flops == pair.ran.flops
+            assert pair.described.flops == pytest.approx(pair.ran.flops, rel=1e-6)
         text = committed.PAGE.read_text()
         assert described.sent(found.pairs[0].ran)
         for row in described.work(found.pairs)[1]:
