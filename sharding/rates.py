@@ -213,7 +213,7 @@ def collective_s(
         if own:
             most = own.points[-1][0]
             beyond = max(payload_bytes - most, 0) / payload_bytes * wire_bytes
-            return own.at(min(payload_bytes, most)) + _sent_s(chip, beyond)
+            return own.at(min(payload_bytes, most)) + _sent_s(chip, group_size, beyond)
     if not measured:
         return ideal_s
     near = min(measured, key=lambda n: (abs(math.log(n / group_size)), n))
@@ -226,17 +226,17 @@ def collective_s(
     return near_s * ideal_s / links_s(chip, kind, near, near_wire_bytes)
 
 
-def _sent_s(chip: Chip, wire_bytes: float) -> float:
+def _sent_s(chip: Chip, group_size: int, wire_bytes: float) -> float:
     """Returns how long words with flags are on the links, twice the bytes of words.
 
     At the rate of the largest permute that was measured, else at that of the links.
     """
     assert chip.calibrated is not None
-    rate = chip.links * chip.link_bytes_per_s
-    for measured in curves.collective_curves(chip.calibrated, "permute").values():
-        size, seconds = measured.points[-1]
-        rate = size / seconds
-    return 2 * wire_bytes / rate
+    measured = curves.collective_curves(chip.calibrated, "permute").get(group_size)
+    if measured is None:
+        return 2 * wire_bytes / (chip.links * chip.link_bytes_per_s)
+    size, seconds = measured.points[-1]
+    return 2 * wire_bytes / size * seconds
 
 
 def kernel_gap_s(chip: Chip) -> float:

@@ -113,7 +113,9 @@ class TestCommitted:
         assert len(found.pairs) == 2
         for pair in found.pairs:
             assert pair.same_collectives
-            assert pair.described.flops == pytest.approx(pair.ran.flops, rel=1e-6)
+            assert pair.described.flops == pytest.approx(
+                pair.ran.flops, rel=1e-6 if run.endswith("-kernels") else 0, abs=0
+            )
         text = committed.PAGE.read_text()
         assert described.sent(found.pairs[0].ran)
         for row in described.work(found.pairs)[1]:

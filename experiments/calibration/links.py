@@ -188,7 +188,7 @@ def _scores(point: Point, platform: str) -> Chain:
 
 
 def _attention(point: Point, platform: str) -> Chain:
-    """The output of one is the queries of the next: nothing else has to tie them."""
+    """Of a library the output of one is the queries of the next, and ties them."""
     b, t, s, n, k, h = (int(point.at[name]) for name in "BTSNKH")
     by = str(point.at["implementation"])
     dtype = jnp.bfloat16 if platform != "cpu" else jnp.float32
