@@ -22,6 +22,7 @@ PLAIN = {
     "attention": "blocks",
     "token_attention": "einsum",
     "residual": "plain",
+    "prompt_residual": "plain",
     "overlap": "none",
 }
 

@@ -442,6 +442,7 @@ def price_counted(
         else None,
         token_attention=_kernel(program.token_attention, "einsum"),
         residual=_kernel(program.residual, "plain"),
+        prompt_residual=_kernel(program.prompt_residual, "plain"),
         overlap=_kernel(program.overlap, "none"),
         ticks=counted.ticks,
         busy_ticks=counted.busy_ticks,

@@ -244,6 +244,7 @@ def prefill(
     lookup: Lookup = whole_table,
     attention: PromptAttention = causal_attention,
     row: Int[Array, ""] | int = 0,
+    steps: Steps | None = None,
     turn: Turn | None = None,
     fill: bool = False,
 ) -> tuple[Tree, Float[Array, "B V"]]:
@@ -259,6 +260,7 @@ def prefill(
       lookup: how tokens are embedded.
       attention: of the prompt over itself.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
+      steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs two halves of the sequences in turns; see `run_blocks`.
       fill: write behind prompts too; see `prompt_attend`.
     """
@@ -274,6 +276,7 @@ def prefill(
         prompt_attend(place, attention, fill=fill),
         place,
         cache_at=CacheLayer(kv=KV(x, x), row=row),
+        steps=steps,
         turn=turn,
     )
     last = place(last_position(x, lengths), ("batch", "embed"))

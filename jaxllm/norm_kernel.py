@@ -2,13 +2,18 @@
 
 A Pallas kernel, compiled by Triton; one program a token. With peers, each program sends
 its device's part of the sum straight into the memory of the others, waits for theirs
-and adds what has come: an all-reduce of a few microseconds that needs no call between
-two CUDA graphs. What has come lies in a `Mailbox`.
+and adds what has come: an all-reduce that needs no call between two CUDA graphs, and no
+pass of its own over what it sums. What has come lies in a `Mailbox`.
 
-Every word is sent with a flag, in one store of eight bytes, which arrives whole: who
-waits looks at the flags of the very words it needs, and nobody waits for a store to
-have arrived before the next ("LL", NVIDIA's NCCL). It doubles what is sent, which is
-little, and saves a journey over the links, which is long.
+How words are sent is one of two protocols, as in NVIDIA's NCCL, which calls them "LL"
+and "Simple":
+
+letters  Every word goes with a flag, in one store of eight bytes, which arrives whole:
+         who waits looks at the flags of the very words it needs, and nobody waits for a
+         store to have arrived before the next. It doubles what is sent, and saves a
+         journey over the links: for the few words of a decoded token.
+rows     A row goes as it is, and a flag behind it once it has arrived. Many rows are on
+         their way at once, so the longer journey is hidden: for prompts.
 
 Why it is safe to write there: a program uses the two halves of its mailbox in turn. It
 writes a half for the second time only after it has every peer's words of the call
@@ -22,7 +27,7 @@ does no harm. The sum of such numbers over all threads is what joins the threads
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +37,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.triton import cost, num_bytes
 
-_LETTER = 8  # bytes: a word of two bfloat16 numbers, and its flag
-_IN_FLIGHT = 16  # letters that a thread waits for at once
+Protocol = Literal["letters", "rows"]
+
+_WORD = 4  # bytes: two bfloat16 numbers
+_LETTER = 8  # a word, and its flag
+_VECTOR = 4  # words of one store
+_IN_FLIGHT = 16  # words that a thread sends or waits for at once
 _PATIENCE = 40_000_000_000  # clock cycles, some 20 s; who still waits then stops
+
+# Above, a sum of two H100s takes less in rows than in letters.
+LETTERS_UP_TO = 2 * 2**20  # bytes of all rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,28 +57,49 @@ class Mailbox:
       peers: devices of the group, this one included.
       rows: the most tokens of one call.
       width: numbers of a token, bfloat16.
+      protocol: how words are sent.
     """
 
     peers: int
     rows: int
     width: int
+    protocol: Protocol
+
+    @classmethod
+    def of(cls, *, peers: int, rows: int, width: int) -> "Mailbox":
+        """Returns a mailbox with the protocol that suits its size."""
+        few = rows * width * 2 <= LETTERS_UP_TO
+        return cls(
+            peers=peers, rows=rows, width=width, protocol="letters" if few else "rows"
+        )
 
     @property
-    def letters(self) -> int:
-        """Offset in bytes of what peers send: [2, peers, rows, width / 2].
+    def flags(self) -> int:
+        """Offset in bytes of the flags of rows: [2, peers - 1, rows].
 
-        Before it stand the calls so far, one number of four bytes a row.
+        Before it stand the calls so far, one number of four bytes a row. Letters bring
+        their own flags.
         """
-        return -(-self.rows * 4 // 128) * 128
+        return _aligned(self.rows * _WORD)
+
+    @property
+    def words(self) -> int:
+        """Offset in bytes of what peers send: [2, peers - 1, rows, width / 2]."""
+        flags = 0 if self.protocol == "letters" else 2 * (self.peers - 1) * self.rows
+        return self.flags + _aligned(flags * _WORD)
 
     @property
     def row_bytes(self) -> int:
-        """Of the letters of one row."""
-        return self.width // 2 * _LETTER
+        """Of one row as it is sent."""
+        return self.width // 2 * (_LETTER if self.protocol == "letters" else _WORD)
 
     @property
     def num_bytes(self) -> int:
-        return self.letters + 2 * self.peers * self.rows * self.row_bytes
+        return self.words + 2 * (self.peers - 1) * self.rows * self.row_bytes
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 128) * 128
 
 
 def num_warps_of(width: int) -> int:
@@ -229,8 +262,6 @@ def _exchange(
     """Returns the sums over all peers, and 0 once this call is counted."""
     row, me, peers = pl.program_id(0), me_ref[0], mailbox.peers
     words = _pack(*parts)
-    count = words.shape[0]
-    together = max(1, min(_IN_FLIGHT, count // threads))
 
     def address(of: Any) -> tuple[Array, Array]:
         return (
@@ -241,29 +272,12 @@ def _exchange(
     mine = address(me)
     calls = _asm("ld.volatile.global.u32 $0, [a0];", (*mine, row * 4), jnp.int32(0))
     call = jnp.sum(calls) + jnp.int32(1)
-    half = (call & jnp.int32(1)) * peers
-
-    # A thread holds words that follow each other, and writes one at a time: those that
-    # all threads write at once are to lie side by side. Else a link takes six times as
-    # long, as it did on two H100s.
-    place_of = jnp.arange(count)
-    place_of = place_of % together * (count // together) + place_of // together
-    at = place_of * _LETTER
-
-    def letter(sender: Any) -> Array:
-        place = (half + sender) * mailbox.rows + row
-        return mailbox.letters + place * mailbox.row_bytes + at
-
     # Each begins with its neighbour, so that no link is everybody's first.
     others = [(me + 1 + i) % peers for i in range(peers - 1)]
-    zeros = jnp.zeros(words.shape, jnp.int32)
-    for other in others:
-        send = "st.volatile.global.v2.u32 [a0], {$4, $5}; mov.u32 $0, 0;"
-        zeros += _asm(send, (*address(other), letter(me)), words, call)
-    come = [
-        _asm(_wait(together), (*mine, letter(other)), call + zeros, together=together)
-        for other in others
-    ]
+    exchange = _letters if mailbox.protocol == "letters" else _rows
+    come, zeros = exchange(
+        words, mailbox, threads, row, call, mine, [address(other) for other in others]
+    )
     sums = [jnp.zeros(words.shape, jnp.float32)] * 2
     for i in range(peers):  # in one order, so that all peers have the same sum
         word = words
@@ -275,6 +289,136 @@ def _exchange(
         "st.volatile.global.u32 [a0], $4; mov.u32 $0, 0;", (*mine, row * 4), read
     )
     return sums, jnp.sum(done)
+
+
+def _slots(mailbox: Mailbox, row: Array, call: Array) -> tuple[list[Any], list[Any]]:
+    """Returns which row of its mailbox each peer's words go to, and mine in each's.
+
+    Peers in the order of their distance: the i-th has i others between, so this device
+    is the last but i of what it has.
+    """
+    half = (call & jnp.int32(1)) * (mailbox.peers - 1)
+    places = [(half + i) * mailbox.rows + row for i in range(mailbox.peers - 1)]
+    return places, places[::-1]
+
+
+def _letters(
+    words: Array,
+    mailbox: Mailbox,
+    threads: int,
+    row: Array,
+    call: Array,
+    mine: tuple[Array, Array],
+    others: list[tuple[Array, Array]],
+) -> tuple[list[Array], Array]:
+    """Sends words with their flags; returns what has come, and 0 once it is sent."""
+    count = words.shape[0]
+    together = max(1, min(_IN_FLIGHT, count // threads))
+    # A thread holds words that follow each other, and writes one at a time: those that
+    # all threads write at once are to lie side by side. Else a link takes six times as
+    # long, as it did on two H100s.
+    at = _side_by_side(count, together, 1) * _LETTER
+    places, in_theirs = _slots(mailbox, row, call)
+    zeros = jnp.zeros(words.shape, jnp.int32)
+    for other, place in zip(others, in_theirs, strict=True):
+        send = "st.volatile.global.v2.u32 [a0], {$4, $5}; mov.u32 $0, 0;"
+        offset = mailbox.words + place * mailbox.row_bytes + at
+        zeros += _asm(send, (*other, offset), words, call)
+    come = [
+        _asm(
+            _wait(together),
+            (*mine, mailbox.words + place * mailbox.row_bytes + at),
+            call + zeros,
+            together=together,
+        )
+        for place in places
+    ]
+    return come, zeros
+
+
+def _rows(
+    words: Array,
+    mailbox: Mailbox,
+    threads: int,
+    row: Array,
+    call: Array,
+    mine: tuple[Array, Array],
+    others: list[tuple[Array, Array]],
+) -> tuple[list[Array], Array]:
+    """Sends a row, then a flag; returns what has come, and 0 once it is sent."""
+    count = words.shape[0]
+    together = min(_IN_FLIGHT, count // threads)
+    vector = min(_VECTOR, together)
+    at = _side_by_side(count, together, vector) * _WORD
+    places, in_theirs = _slots(mailbox, row, call)
+    zeros = jnp.zeros(words.shape, jnp.int32)
+    for other, place in zip(others, in_theirs, strict=True):
+        offset = mailbox.words + place * mailbox.row_bytes + at
+        send = _store(together, vector)
+        zeros += _asm(send, (*other, offset), words, together=together)
+    sent = jnp.sum(zeros)  # which waits for all threads
+    for other, place in zip(others, in_theirs, strict=True):
+        flag = (
+            "mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p fence.acq_rel.sys;"
+            " @p st.relaxed.sys.global.u32 [a0], $4; mov.u32 $0, 0;"
+        )
+        offset = mailbox.flags + place * _WORD
+        sent += jnp.sum(_asm(flag, (*other, offset), call + sent))
+    come = []
+    for place in places:
+        here = _asm(_FLAGGED, (*mine, mailbox.flags + place * _WORD), call + sent)
+        offset = mailbox.words + place * mailbox.row_bytes + at + jnp.sum(here)
+        load = _load(together, vector)
+        come.append(_asm(load, (*mine, offset), together=together))
+    return come, zeros
+
+
+def _side_by_side(count: int, together: int, vector: int) -> Array:
+    """Returns where each of `count` words is sent, of which a thread holds `together`.
+
+    What all threads write at once, `vector` words each, lies side by side.
+    """
+    word = jnp.arange(count)
+    thread, turn = word // together, word % together // vector
+    return (turn * (count // together) + thread) * vector + word % vector
+
+
+def _store(together: int, vector: int) -> str:
+    """Returns code that writes words, `vector` at once, and gives zeros."""
+    value = 4 * together  # of the first word
+    stores = " ".join(
+        f"st.global{_width(vector)} [a{i}], {_names(value + i, vector)};"
+        for i in range(0, together, vector)
+    )
+    return stores + " " + " ".join(f"mov.u32 ${i}, 0;" for i in range(together))
+
+
+def _load(together: int, vector: int) -> str:
+    """Returns code that reads words, `vector` at once."""
+    return " ".join(
+        f"ld.volatile.global{_width(vector)} {_names(i, vector)}, [a{i}];"
+        for i in range(0, together, vector)
+    )
+
+
+def _width(vector: int) -> str:
+    return f".v{vector}.u32" if vector > 1 else ".u32"
+
+
+def _names(first: int, vector: int) -> str:
+    names = ", ".join(f"${first + i}" for i in range(vector))
+    return f"{{{names}}}" if vector > 1 else names
+
+
+_LATE = (
+    "mov.u64 o, %clock64; sub.u64 o, o, s;"
+    f" setp.gt.u64 p, o, {_PATIENCE}; @p trap; bra WAIT;"
+)
+# Waits for a flag, and gives 0.
+_FLAGGED = (
+    "mov.u64 s, %clock64; WAIT: ld.acquire.sys.global.u32 u, [a0];"
+    f" setp.eq.u32 p, u, $4; @p bra COME; {_LATE} COME: mov.u32 $0, 0;"
+)
 
 
 def _wait(together: int) -> str:
@@ -291,8 +435,7 @@ def _wait(together: int) -> str:
     names = ", ".join(f"w{i}, f{i}" for i in each)
     return (
         f".reg .u32 {names}; mov.u64 s, %clock64; WAIT: mov.u32 u, 0; {reads} {looks}"
-        " setp.eq.u32 p, u, 0; @p bra COME; mov.u64 o, %clock64; sub.u64 o, o, s;"
-        f" setp.gt.u64 p, o, {_PATIENCE}; @p trap; bra WAIT; COME: {gives}"
+        f" setp.eq.u32 p, u, 0; @p bra COME; {_LATE} COME: {gives}"
     )
 
 

@@ -16,7 +16,7 @@ from sharding.attention import Attention, Token, refusal
 from sharding.layout import Ticks
 from sharding.overlap import Overlap
 from sharding.program import Program
-from sharding.residual import Residual
+from sharding.residual import PromptResidual, Residual
 from sharding.target import Target
 
 Value = TypeVar("Value")
@@ -156,11 +156,14 @@ RESIDUAL: tuple[tuple[When, Residual], ...] = (
     (When(), "plain"),
 )
 
+PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = ((When(), "plain"),)
+
 # What can be had instead of what the tables say, and in which phase it is asked.
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (get_args(Attention), ("prefill",)),
     "token_attention": (get_args(Token), ("decode",)),
     "residual": (get_args(Residual), ("decode",)),
+    "prompt_residual": (get_args(PromptResidual), ("prefill",)),
     "overlap": (get_args(Overlap), ("prefill",)),
     "ticks": (get_args(Ticks), ("prefill", "decode")),
 }
@@ -229,6 +232,7 @@ def choose(
         attention=attention,
         token_attention="einsum",
         residual="plain",
+        prompt_residual="plain",
     )
     token = _first(TOKEN_ATTENTION, target, program)
     if not program.token_refusal(token):
@@ -236,6 +240,9 @@ def choose(
     residual = _first(RESIDUAL, target, program)
     if not program.residual_refusal(residual):
         program = dataclasses.replace(program, residual=residual)
+    prompt = _first(PROMPT_RESIDUAL, target, program)
+    if not program.prompt_residual_refusal(prompt):
+        program = dataclasses.replace(program, prompt_residual=prompt)
     return change(program, changes or {})
 
 

@@ -61,7 +61,7 @@ class Pipeline:
       place: pins activations over the axes that the compiler handles.
       attention: of a prompt over itself.
       token_attention: of one token over the cache; see `token_attend`.
-      steps: parts of each block of a decoded token as kernels; see `jaxllm.model`.
+      steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs halves of a micro-batch in turns; see `jaxllm.model.run_blocks`.
       fill: write behind prompts too; see `jaxllm.decode.prompt_attend`.
       lookup: embeds tokens, of which this stage holds a part of the table.
@@ -154,7 +154,9 @@ class Pipeline:
         Its keys and values are written from sequence `row` on, unless `keep`.
         """
         attend = prompt_attend(self.place, self.attention, fill=self.fill)
-        run = functools.partial(run_blocks, self.config, blocks, turn=self.turn)
+        run = functools.partial(
+            run_blocks, self.config, blocks, steps=self.steps, turn=self.turn
+        )
         if self.ticks == "scanned":
             at = CacheLayer(kv=KV(x, x), index=(t % self.groups,), row=row, keep=keep)
             return run(cache, x, angles, attend, self.place, cache_at=at)

@@ -47,7 +47,7 @@ from sharding.mesh import make_mesh
 from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload, check
 from sharding.pipeline import Pipeline
-from sharding.residual import Residual
+from sharding.residual import PromptResidual, Residual
 from sharding.rules import MESH_AXES
 from sharding.target import Target
 
@@ -138,6 +138,7 @@ class Program:
       attention: how a prompt's is computed; see `sharding.attention`.
       token_attention: how that of a decoded token is; see there.
       residual: how a token's products are added up; see `sharding.residual`.
+      prompt_residual: how a prompt's are; see there.
       overlap: what of a prompt runs while devices sum; see `sharding.overlap`.
       compiler_options: of XLA, beside those of the target.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
@@ -161,6 +162,7 @@ class Program:
     attention: Attention = "blocks"
     token_attention: Token = "einsum"
     residual: Residual = "plain"
+    prompt_residual: PromptResidual = "plain"
     overlap: Overlap = "none"
     compiler_options: tuple[tuple[str, str], ...] = ()
     micro_batches: int | None = None
@@ -184,6 +186,8 @@ class Program:
             raise ValueError(reason)
         self._check_ragged()
         self._check_micro_batches()
+        if reason := self.prompt_residual_refusal(self.prompt_residual):
+            raise ValueError(reason)
         if reason := self._overlap_refusal():
             raise ValueError(reason)
 
@@ -268,6 +272,21 @@ class Program:
         return residual.refusal(
             name, self.layout.model, self.partition, self.token_rows
         )
+
+    def prompt_residual_refusal(self, name: PromptResidual) -> str | None:
+        """Returns why a prompt's residual cannot be `name`, None if it can."""
+        if name == "plain":
+            return None
+        if self.phase != "prefill" or self.weights or self.overlap != "none":
+            return (
+                f"prompt_residual {name!r} in {self.phase} with weights {self.weights}"
+                f" and overlap {self.overlap!r}: the kernel is for prompts, read at"
+                " once, and weights as wide as activations. Use"
+                " prompt_residual='plain', which has no such limit."
+            )
+        tokens = self._prompt_rows * self.workload.input_len
+        model = self.layout.model
+        return residual.refusal(name, model, self.partition, tokens, "prefill")
 
     def _overlap_refusal(self) -> str | None:
         if self.overlap == "none":
@@ -416,6 +435,7 @@ class Program:
             - stats.alias_size_in_bytes
             + stats.temp_size_in_bytes
             + stats.generated_code_size_in_bytes
+            + self._mailbox_bytes
         )
         return Memory(
             weights_bytes=weights,
@@ -487,26 +507,40 @@ class Program:
         )
 
     def _steps(self, mesh: Mesh) -> Steps | None:
-        if self.residual == "plain":
+        is_prompt = self.phase == "prefill"
+        name = self.prompt_residual if is_prompt else self.residual
+        if name == "plain":
             return None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         boxes = None
         if self.partition.tensor > 1 and not on_cpu:
-            shape = Mailbox(
-                peers=self.partition.tensor,
-                rows=self.token_rows,
-                width=self.config.embed_dim,
-            )
-            boxes = residual.make_mailboxes(shape, mesh)
+            boxes = residual.make_mailboxes(self._mailbox, mesh)
         return residual.kernel_steps(
             self.config,
             self.partition,
             self._manual,
             boxes,
-            split=self.residual == "triton_split",
-            whole=self.token_attention == "einsum",
+            phase=self.phase,
+            split=name == "triton_split",
+            whole=is_prompt or self.token_attention == "einsum",
             on_cpu=on_cpu,
         )
+
+    @property
+    def _mailbox_bytes(self) -> int:
+        """Of what the compiler does not know of."""
+        name = self.prompt_residual if self.phase == "prefill" else self.residual
+        alone = self.partition.tensor == 1
+        return 0 if alone or name == "plain" else self._mailbox.num_bytes
+
+    @property
+    def _mailbox(self) -> Mailbox:
+        """Where a device's peers write what it is to add up."""
+        tokens = self.token_rows
+        if self.phase == "prefill":
+            tokens = self._prompt_rows * self.workload.input_len
+        width = self.config.embed_dim
+        return Mailbox.of(peers=self.partition.tensor, rows=tokens, width=width)
 
     def _turn(self, platform: str) -> Turn | None:
         if self.overlap == "none":
@@ -582,10 +616,13 @@ class Program:
         platform = mesh.devices.flat[0].platform
         lookup, sample = self._vocabulary(platform)
         place = self._place(platform)
+        steps = self._steps(mesh)
         if self.phase == "prefill":
             turn = self._turn(platform)
-            return functools.partial(self._prefill_whole, place, lookup, sample, turn)
-        attention, steps = self._token_attention(platform), self._steps(mesh)
+            return functools.partial(
+                self._prefill_whole, place, lookup, sample, steps, turn
+            )
+        attention = self._token_attention(platform)
         return functools.partial(
             self._decode_whole, place, lookup, sample, attention, steps
         )
@@ -595,6 +632,7 @@ class Program:
         place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
+        steps: Steps | None,
         turn: Turn | None,
         params: Params,
         state: State,
@@ -618,6 +656,7 @@ class Program:
                 lookup=lookup,
                 attention=attention,
                 row=row,
+                steps=steps,
                 turn=turn,
                 fill=self._splits_positions,
             )

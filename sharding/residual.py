@@ -1,8 +1,9 @@
 """Where the parts of a product meet: summed over devices, added, normed.
 
-Written plainly, the compiler puts an all-reduce there, and a few kernels behind it. Of
-one token a sequence the numbers are so few that every kernel and every pause counts;
-one kernel of our own does all three (`jaxllm.norm_kernel`).
+Written plainly, the compiler puts an all-reduce there, and a few kernels behind it. One
+kernel of our own does all three (`jaxllm.norm_kernel`): of a decoded token the numbers
+are so few that every kernel and every pause counts, of a prompt so many that every pass
+over them does.
 """
 
 import dataclasses
@@ -24,14 +25,20 @@ from jaxllm.quantized import product
 from sharding.partition import Partition
 
 Residual = Literal["plain", "triton", "triton_split"]
+PromptResidual = Literal["plain", "triton"]
 
-# What one device may send at once. Every peer gets all of it, in one step: for few
-# bytes that is faster than a ring, whose every step waits for the one before.
+# What one device may send at once to more than one peer. Every peer gets all of it, in
+# one step: for few bytes that is faster than a ring, whose every step waits for the one
+# before. To one peer a ring sends as much.
 MOST_BYTES = 4 * 2**20
 
 
 def refusal(
-    name: Residual, config: ModelConfig, partition: Partition, tokens: int
+    name: Residual,
+    config: ModelConfig,
+    partition: Partition,
+    tokens: int,
+    phase: Literal["prefill", "decode"] = "decode",
 ) -> str | None:
     """Returns why residual `name` cannot be used, None if it can.
 
@@ -40,26 +47,30 @@ def refusal(
       config: the model as computed.
       partition: how it is split.
       tokens: that a device works on at once.
+      phase: "prefill", whose choice is `PromptResidual`, or "decode".
     """
-    rest = "Use residual='plain', which has no such limit."
-    if name not in get_args(Residual):
-        known = ", ".join(get_args(Residual))
-        return f"no residual {name!r}; there are {known}. Choose one."
+    option, values = {
+        "prefill": ("prompt_residual", get_args(PromptResidual)),
+        "decode": ("residual", get_args(Residual)),
+    }[phase]
+    rest = f"Use {option}='plain', which has no such limit."
+    if name not in values:
+        return f"no {option} {name!r}; there are {', '.join(values)}. Choose one."
     if name == "triton_split" and tokens > MOST_ROWS:
         return (
             f"residual {name!r} of {tokens} tokens: its products are of {MOST_ROWS}"
             " rows at most. Use residual='triton', which has no such limit."
         )
-    if not partition.sums_stream("decode"):
+    if not partition.sums_stream(phase):
         return (
-            f"residual {name!r} with rules {partition.rules.name!r} of"
+            f"{option} {name!r} with rules {partition.rules.name!r} of"
             f" {partition.name}: the kernel sums over `tensor`, which must split heads"
             f" and MLP and nothing else. Use the rules 'megatron'. {rest}"
         )
     sent = tokens * config.embed_dim * 2 * (partition.tensor - 1)
-    if sent > MOST_BYTES:
+    if partition.tensor > 2 and sent > MOST_BYTES:
         return (
-            f"residual {name!r} of {tokens} tokens over {partition.tensor} devices:"
+            f"{option} {name!r} of {tokens} tokens over {partition.tensor} devices:"
             f" each would send {sent:,} bytes at once, above {MOST_BYTES:,}. {rest}"
         )
     return norm_kernel.refusal(width=config.embed_dim)
@@ -112,6 +123,7 @@ def kernel_steps(
     manual: tuple[str, ...],
     mailboxes: Mailboxes | None,
     *,
+    phase: Literal["prefill", "decode"] = "decode",
     split: bool = False,
     whole: bool = True,
     on_cpu: bool = False,
@@ -123,27 +135,28 @@ def kernel_steps(
       partition: how it is split; `refusal` says what suits.
       manual: axes that an enclosing `jax.shard_map` handles.
       mailboxes: None with one tensor device, and where kernels are interpreted.
+      phase: of the program.
       split: multiply by `split_product`, but for gate and up, which fill a GPU.
       whole: add up the parts of queries, keys and values, which attention does not.
       on_cpu: run kernels as ordinary operations, and sum by `psum` before.
     """
     inner = tuple(axis for axis in partition.axes if axis not in manual)
-    spec = functools.partial(partition.rules.spec, phase="decode", keep=inner)
+    spec = functools.partial(partition.rules.spec, phase=phase, keep=inner)
     mapped = functools.partial(jax.shard_map, axis_names=set(inner), check_vma=False)
     tensor = partition.tensor
     stream = spec(("batch", "residual_seq", "embed"))
 
     def multiply(x: jax.Array, weight: Any) -> jax.Array:
-        """Returns the product [B, N] of [B, 1, D], perhaps in parts [P, B, N]."""
+        """Returns the product [B T, N] of [B, T, D], perhaps in parts [P, B T, N]."""
         if split:
-            return split_product(x[:, 0], weight, interpret=on_cpu)
-        return product(x, weight)[:, 0]
+            return split_product(_flat(x), weight, interpret=on_cpu)
+        return _flat(product(x, weight))
 
     def join_local(x: Any, hidden: Any, weight: Any, scale: Any) -> tuple[Any, Any]:
         part = multiply(hidden, weight)
         peers: dict[str, Any] = {}
         if tensor > 1 and on_cpu:
-            wide = part.astype(jnp.float32).reshape(-1, *x[:, 0].shape).sum(0)
+            wide = part.astype(jnp.float32).reshape(-1, *_flat(x).shape).sum(0)
             part = lax.psum(wide, "tensor").astype(x.dtype)
         elif tensor > 1:
             assert mailboxes is not None
@@ -157,10 +170,10 @@ def kernel_steps(
                 "addresses": here,
                 "groups": f"[{groups},{tensor}]<=[{partition.num_devices}]",
             }
-        x, normed = add_and_norm(
-            x[:, 0], part, scale, config.norm_eps, interpret=on_cpu, **peers
+        total, normed = add_and_norm(
+            _flat(x), part, scale, config.norm_eps, interpret=on_cpu, **peers
         )
-        return x[:, None], None if normed is None else normed[:, None]
+        return jax.tree.map(lambda y: y.reshape(x.shape), (total, normed))
 
     def join(x: Any, hidden: Any, name: str, weight: Any, scale: Any):
         return mapped(
@@ -186,3 +199,8 @@ def kernel_steps(
         out_specs=spec((*(() if whole else (None,)), "batch", "seq", "heads")),
     )
     return Steps(project=project if split else product, join=join)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """Returns [B, T, N] as [B T, N]."""
+    return x.reshape(-1, x.shape[-1])

@@ -302,7 +302,7 @@ def _own_all_reduce(point: Point) -> Chain:
     """Sums, adds and norms, as decode programs do: what is normed is summed next."""
     rows, group = int(point.at["bytes"]) // (2 * _STREAM), int(point.at["group"])
     devices = int(point.at["devices"])
-    box = Mailbox(peers=group, rows=rows, width=_STREAM)
+    box = Mailbox.of(peers=group, rows=rows, width=_STREAM)
 
     def bind(mesh: Mesh) -> Callable[[Any, Any], Any]:
         addresses = make_mailboxes(box, mesh).addresses

@@ -185,6 +185,7 @@ class PhaseRecord:
       unrolled_ticks: whether decode's ticks are; null with one stage.
       token_attention: kernel of a decoded token's; null for ordinary operations.
       residual: kernel that adds its products up; null for ordinary operations.
+      prompt_residual: kernel that adds a prompt's up; null for ordinary operations.
       overlap: what of a prompt runs while devices sum; null for nothing.
     """
 
@@ -206,6 +207,7 @@ class PhaseRecord:
     unrolled_ticks: bool | None = dataclasses.field(default=None, metadata=_ADDED)
     token_attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
     residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    prompt_residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
     overlap: str | None = dataclasses.field(default=None, metadata=_ADDED)
 
 

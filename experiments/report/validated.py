@@ -25,7 +25,7 @@ SCHEMA = 1
 METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
 # What a phase is written with, by the fields of its record and of its `Program`.
-KERNELS = ("attention", "token_attention", "residual", "overlap")
+KERNELS = ("attention", "token_attention", "residual", "prompt_residual", "overlap")
 NOT_VALIDATED = "not validated here"
 
 
