@@ -45,8 +45,8 @@ _VECTOR = 4  # words of one store
 _IN_FLIGHT = 16  # words that a thread sends or waits for at once
 _PATIENCE = 40_000_000_000  # clock cycles, some 20 s; who still waits then stops
 
-# Above, a sum of two H100s takes less in rows than in letters.
-LETTERS_UP_TO = 2 * 2**20  # bytes of all rows
+# Bytes of all rows. Above, two H100s take less for a sum in rows than in letters.
+LETTERS_UP_TO = 2**19
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -216,8 +216,10 @@ def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
             for power in powers[:5] if kind == "all-reduce" else powers[:1]:
                 yield _collective(chip, "apart", kind, group, power, num_devices)
             if kind == "all-reduce" and chip.vendor == "NVIDIA":
-                for by in ("triton", "nccl"):
-                    for power in (13, 16, 18, 19, 21):
+                # To more than one peer it sends too much of more.
+                own = (13, 16, 18, 19, 20, 21, *((23, 25, 27) if group == 2 else ()))
+                for by, powers in (("triton", own), ("nccl", (13, 16, 18, 19, 21))):
+                    for power in powers:
                         yield _collective(
                             chip, "collective", kind, group, power, num_devices, by=by
                         )
