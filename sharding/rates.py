@@ -198,8 +198,7 @@ def collective_s(
       group_size: devices that take part together.
       payload_bytes: what it is about, as the ledger counts it.
       wire_bytes: what one device sends.
-      in_kernel: this project's kernel does it (`jaxllm.norm_kernel`): as measured;
-        of more bytes than were, longer by the time that the rest is on the links.
+      in_kernel: this project's kernel does it (`jaxllm.norm_kernel`).
 
     Raises:
       ValueError: the kind of collective is unknown.
@@ -211,9 +210,7 @@ def collective_s(
     if in_kernel:
         own = curves.collective_curves(chip.calibrated, kind, "triton").get(group_size)
         if own:
-            most = own.points[-1][0]
-            beyond = max(payload_bytes - most, 0) / payload_bytes * wire_bytes
-            return own.at(min(payload_bytes, most)) + _sent_s(chip, group_size, beyond)
+            return own.at(payload_bytes)
     if not measured:
         return ideal_s
     near = min(measured, key=lambda n: (abs(math.log(n / group_size)), n))
@@ -224,19 +221,6 @@ def collective_s(
     share = (near - 1) / near / ((group_size - 1) / group_size)
     near_wire_bytes = wire_bytes * (1 if kind in ("permute", "broadcast") else share)
     return near_s * ideal_s / links_s(chip, kind, near, near_wire_bytes)
-
-
-def _sent_s(chip: Chip, group_size: int, wire_bytes: float) -> float:
-    """Returns how long words with flags are on the links, twice the bytes of words.
-
-    At the rate of the largest permute that was measured, else at that of the links.
-    """
-    assert chip.calibrated is not None
-    measured = curves.collective_curves(chip.calibrated, "permute").get(group_size)
-    if measured is None:
-        return 2 * wire_bytes / (chip.links * chip.link_bytes_per_s)
-    size, seconds = measured.points[-1]
-    return 2 * wire_bytes / size * seconds
 
 
 def kernel_gap_s(chip: Chip) -> float:

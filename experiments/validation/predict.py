@@ -170,10 +170,12 @@ class AsMeasured(evaluate.Compiler):
                 f" which is not compiled for {target.name}, and it is not kept in"
                 f" {file.parent}."
             )
-        self.notes.append(
-            f"Programs of {one} are not kept in {file.parent}: today's code wrote them"
-            " again, and what it writes otherwise than then counts as an error."
-        )
+        if compiled is None:
+            self.notes.append(
+                f"Programs of {one} are not kept in {file.parent}: today's code wrote"
+                " them again, and what it writes otherwise than then counts as an"
+                " error."
+            )
         return program.compile(target)
 
 
