@@ -317,7 +317,7 @@ def _letters(
     # A thread holds words that follow each other, and writes one at a time: those that
     # all threads write at once are to lie side by side. Else a link takes six times as
     # long, as it did on two H100s.
-    at = _side_by_side(count, together, 1) * _LETTER
+    at = side_by_side(count, together, 1) * _LETTER
     places, in_theirs = _slots(mailbox, row, call)
     zeros = jnp.zeros(words.shape, jnp.int32)
     for other, place in zip(others, in_theirs, strict=True):
@@ -349,7 +349,7 @@ def _rows(
     count = words.shape[0]
     together = min(_IN_FLIGHT, count // threads)
     vector = min(_VECTOR, together)
-    at = _side_by_side(count, together, vector) * _WORD
+    at = side_by_side(count, together, vector) * _WORD
     places, in_theirs = _slots(mailbox, row, call)
     zeros = jnp.zeros(words.shape, jnp.int32)
     for other, place in zip(others, in_theirs, strict=True):
@@ -373,7 +373,7 @@ def _rows(
     return come, zeros
 
 
-def _side_by_side(count: int, together: int, vector: int) -> Array:
+def side_by_side(count: int, together: int, vector: int) -> Array:
     """Returns where each of `count` words is sent, of which a thread holds `together`.
 
     What all threads write at once, `vector` words each, lies side by side.

@@ -160,7 +160,7 @@ def test_the_kernel_of_a_token_is_where_it_was_timed_and_can_be(
         ("pp2", 64, True, "bfloat16", "triton_split"),
         ("tp1", 128, True, "bfloat16", "plain"),  # there is nothing to sum
         ("tp2", 128, True, "bfloat16", "triton"),
-        ("tp2", 1024, True, "bfloat16", "plain"),  # more than a device may send
+        ("tp2", 1024, True, "bfloat16", "triton"),
         ("tp4", 64, True, "bfloat16", "plain"),  # not timed
         ("tp2", 64, False, "bfloat16", "plain"),
         ("tp2", 64, True, "float32", "plain"),
@@ -172,7 +172,10 @@ def test_the_kernel_that_sums_is_where_it_was_timed_and_can_be(
     asked = program("decode", name, batch, dtype=dtype)
     assert choices.choose(asked, on("cuda", attached)).residual == residual
     asked = program("prefill", name, batch, dtype=dtype)
-    assert choices.choose(asked, on("cuda", attached)).residual == "plain"
+    prompt = choices.choose(asked, on("cuda", attached))
+    assert prompt.residual == "plain"
+    sums = name == "tp2" and attached and dtype == "bfloat16"
+    assert prompt.prompt_residual == ("triton" if sums else "plain")
 
 
 def test_both_phases_share_parameters_and_cache() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS
+from jaxllm import norm_kernel
 from jaxllm.norm_kernel import Mailbox, add_and_norm
 from sharding.hlo.ledger import read_ledger
 from sharding.partition import Partition, Workload
@@ -39,18 +40,41 @@ def test_equals_the_formula(dtype: str) -> None:
 
 
 def test_mailboxes_are_cut_without_overlap() -> None:
-    box = Mailbox(peers=3, rows=5, width=64)
-    assert box.letters >= 5 * 4
-    assert box.letters % 8 == 0  # a letter is stored whole only where it is aligned
+    box = Mailbox(peers=3, rows=5, width=64, protocol="letters")
+    assert box.flags >= 5 * 4
+    assert box.words == box.flags  # which letters bring themselves
+    assert box.words % 8 == 0  # a letter is stored whole only where it is aligned
     # Of each number two bytes, and as many of flags.
-    assert box.num_bytes == box.letters + 2 * 3 * 5 * 64 * 4
+    assert box.num_bytes == box.words + 2 * 2 * 5 * 64 * 4
+    box = dataclasses.replace(box, protocol="rows")
+    assert box.words >= box.flags + 2 * 2 * 5 * 4
+    assert box.words % 16 == 0  # so are four words
+    assert box.num_bytes == box.words + 2 * 2 * 5 * 64 * 2
+
+
+def test_few_words_go_in_letters_and_many_in_rows() -> None:
+    def protocol(rows: int) -> str:
+        return Mailbox.of(peers=2, rows=rows, width=4096).protocol
+
+    assert [protocol(1), protocol(64), protocol(65)] == ["letters", "letters", "rows"]
+
+
+@pytest.mark.parametrize("vector", [1, 4])
+def test_words_that_threads_send_at_once_lie_side_by_side(vector: int) -> None:
+    threads, each = 64, 8
+    place = np.asarray(norm_kernel.side_by_side(threads * each, each, vector))
+    assert sorted(place) == list(range(threads * each))
+    place = place.reshape(threads, each // vector, vector)
+    for turn in range(each // vector):
+        at_once = place[:, turn].ravel()
+        np.testing.assert_array_equal(np.diff(at_once), 1)
 
 
 def test_what_does_not_suit_is_refused() -> None:
     x = jnp.zeros((2, 96))
     with pytest.raises(ValueError, match="96 numbers a token"):
         add_and_norm(x, x, None, 1e-5, interpret=True)
-    x, box = jnp.zeros((2, 64)), Mailbox(peers=2, rows=1, width=64)
+    x, box = jnp.zeros((2, 64)), Mailbox.of(peers=2, rows=1, width=64)
     with pytest.raises(ValueError, match="in float32"):
         add_and_norm(x, x, None, 1e-5, mailbox=box)
     x = x.astype(jnp.bfloat16)
@@ -78,16 +102,35 @@ def test_programs_that_it_does_not_suit() -> None:
         _decode(residual="other")
     many = Workload(batch_size=4096, input_len=1000, output_len=128)
     with pytest.raises(ValueError, match="above 4,194,304"):
-        _decode(workload=many)
+        _decode("tp4", workload=many)
+    assert _decode("tp2", workload=many)  # a ring sends as much to one peer
+    with pytest.raises(ValueError, match="prompt_residual 'triton' in decode"):
+        _decode(prompt_residual="triton")
+    prompts = {"phase": "prefill", "residual": "plain", "prompt_residual": "triton"}
+    with pytest.raises(ValueError, match="prompt_residual 'triton' with rules 'seq"):
+        _decode("tp2", "sequence", **prompts)
+    with pytest.raises(ValueError, match="and overlap 'rows'"):
+        _decode("tp2", overlap="rows", **prompts)
 
 
-@pytest.mark.parametrize("partition", ["tp2", "dp2_tp2", "tp2_pp2"])
-def test_the_ledger_sees_an_all_reduce(partition: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "partition"),
+    [
+        ("decode", "tp2"),
+        ("decode", "dp2_tp2"),
+        ("decode", "tp2_pp2"),
+        ("prefill", "tp2"),
+        ("prefill", "tp2_pp2"),
+    ],
+)
+def test_the_ledger_sees_an_all_reduce(phase: str, partition: str) -> None:
     axes = Partition.parse(partition).axes
     target = parse_target(f"h100:{Partition.parse(partition).num_devices}")
     found = []
+    name = "residual" if phase == "decode" else "prompt_residual"
     for residual in ("triton", "plain"):
-        program = _decode(partition, residual=residual, ticks="scanned")
+        written = {"residual": "plain", "phase": phase, name: residual}
+        program = _decode(partition, ticks="scanned", **written)
         ledger = read_ledger(program.compile(target).text, axes)
         counts: Counter[tuple[str, str, int]] = Counter()
         for row in ledger.collectives:

@@ -18,7 +18,7 @@ from sharding.mesh import make_mesh
 from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload
 from sharding.program import Program
-from sharding.residual import Residual
+from sharding.residual import PromptResidual, Residual
 from sharding.rules import AxisRules
 from sharding.run import answers
 from sharding.target import parse_target
@@ -54,6 +54,7 @@ def run(
     attention: Attention = "blocks",
     token_attention: Token = "einsum",
     residual: Residual = "plain",
+    prompt_residual: PromptResidual = "plain",
     overlap: Overlap = "none",
     micro_batches: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
@@ -74,6 +75,7 @@ def run(
             attention=attention,
             token_attention=token_attention if phase == "decode" else "einsum",
             residual=residual if phase == "decode" else "plain",
+            prompt_residual=prompt_residual if phase == "prefill" else "plain",
             overlap=overlap if phase == "prefill" else "none",
             micro_batches=micro_batches if phase == "prefill" else None,
             ragged=ragged,
@@ -253,13 +255,13 @@ def test_a_kernel_sees_the_arrays_of_one_device(
         ("dp2_pp2", False, 2, "triton"),  # one group walks through
     ],
 )
-def test_the_kernels_of_a_token_equal_one_device(
+def test_kernels_equal_one_device(
     name: str, ragged: bool, batch: int, residual: Residual
 ) -> None:
     model = "tiny-wide"
     tokens, logits, _ = run(
         model, name, "megatron", "unrolled", ragged, batch, ticks="unrolled",
-        token_attention="triton", residual=residual,
+        token_attention="triton", residual=residual, prompt_residual="triton",
     )  # fmt: skip
     want_tokens, want_logits = one_device(model, ragged, batch)
     np.testing.assert_array_equal(tokens, want_tokens)

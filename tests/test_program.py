@@ -320,3 +320,29 @@ def test_rules_are_total() -> None:
     rules = type(Partition().rules)
     with pytest.raises(ValueError, match="missing or unknown: embbed, embed"):
         rules(name="typo", table=table)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "micro_batches"),
+    [
+        ("tp2", 1, 1),
+        ("tp2", 64, 4),  # of 16,384 tokens
+        ("pp2", 1, 1),
+        ("pp2", 16, 8),
+        ("pp2", 64, 16),  # timed: 829 ms, and 832 with 32
+        ("pp2", 256, 32),  # 3,142 ms, as with 64; 3,310 with 128
+        ("pp8", 64, 64),
+        ("pp8", 1024, 256),
+    ],
+)
+def test_micro_batches_weigh_bubbles_against_overhead(
+    name: str, batch: int, micro_batches: int
+) -> None:
+    program = Program(
+        phase="prefill",
+        config=PRESETS["llama-3.1-8b"],
+        partition=Partition.parse(name),
+        workload=Workload(batch_size=batch, input_len=1024, output_len=128),
+    )
+    assert program.prefill_micro_batches == micro_batches
+    assert program.num_ticks == micro_batches + program.partition.stage - 1
