@@ -257,7 +257,8 @@ def choose(
     if not program.residual_refusal(residual):
         program = dataclasses.replace(program, residual=residual)
     prompt = _first(PROMPT_RESIDUAL, target, program)
-    if not program.prompt_residual_refusal(prompt):
+    whole = (changes or {}).get("overlap", "none") == "none"
+    if whole and not program.prompt_residual_refusal(prompt):
         program = dataclasses.replace(program, prompt_residual=prompt)
     return change(program, changes or {})
 

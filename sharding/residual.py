@@ -31,6 +31,7 @@ PromptResidual = Literal["plain", "triton"]
 # one step: for few bytes that is faster than a ring, whose every step waits for the one
 # before. To one peer a ring sends as much.
 MOST_BYTES = 4 * 2**20
+MOST_MAILBOX_BYTES = 2**31 - 1
 
 
 def refusal(
@@ -72,6 +73,13 @@ def refusal(
         return (
             f"{option} {name!r} of {tokens} tokens over {partition.tensor} devices:"
             f" each would send {sent:,} bytes at once, above {MOST_BYTES:,}. {rest}"
+        )
+    box = Mailbox.of(peers=partition.tensor, rows=tokens, width=config.embed_dim)
+    if box.num_bytes > MOST_MAILBOX_BYTES:
+        return (
+            f"{option} {name!r} of {tokens} tokens over {partition.tensor} devices:"
+            f" {box.num_bytes:,} bytes would hold what peers send, above"
+            f" {MOST_MAILBOX_BYTES:,}, to which 32 bits can point. {rest}"
         )
     return norm_kernel.refusal(width=config.embed_dim)
 

@@ -178,6 +178,12 @@ def test_the_kernel_that_sums_is_where_it_was_timed_and_can_be(
     assert prompt.prompt_residual == ("triton" if sums else "plain")
 
 
+def test_a_prompt_in_halves_has_its_own_sums() -> None:
+    asked = program("prefill", "tp2", 64)
+    found = choices.choose(asked, on("cuda", True), changes={"overlap": "rows"})
+    assert (found.overlap, found.prompt_residual) == ("rows", "plain")
+
+
 def test_both_phases_share_parameters_and_cache() -> None:
     prefill, decode = choices.choose_both(
         program("prefill", "pp8"), program("decode", "pp8"), on("cuda")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import PRESETS
 from jaxllm import norm_kernel
+from jaxllm.config import PRESETS
 from jaxllm.norm_kernel import Mailbox, add_and_norm
 from sharding.hlo.ledger import read_ledger
 from sharding.partition import Partition, Workload
@@ -109,6 +109,9 @@ def test_programs_that_it_does_not_suit() -> None:
     prompts = {"phase": "prefill", "residual": "plain", "prompt_residual": "triton"}
     with pytest.raises(ValueError, match="prompt_residual 'triton' with rules 'seq"):
         _decode("tp2", "sequence", **prompts)
+    long = Workload(batch_size=1, input_len=131072, output_len=128)
+    with pytest.raises(ValueError, match="which 32 bits can point"):
+        _decode("tp2", workload=long, **prompts)
     with pytest.raises(ValueError, match="and overlap 'rows'"):
         _decode("tp2", overlap="rows", **prompts)
 
