@@ -58,10 +58,11 @@ Phase = Literal["prefill", "decode"]
 # about 300: 989e12 / 3.35e12), and weights are read again for each micro-batch.
 MICRO_BATCH_TOKENS = 16_384
 
-# What a stage takes for a micro-batch besides, in tokens: what it computes while it reads
-# its weights once, as above. Products of fewer rows run at a lower rate too: Llama-3.1-8B
-# as pp2 on two H100s takes 25.7, 24.2 and 23.8 ms for 2,048 tokens in micro-batches of
-# 2,048, 4,096 and 8,192, about 1 + 150 / tokens; with either figure it is cut alike.
+# What a stage takes for a micro-batch besides, in tokens: what it computes while it
+# reads its weights once, as above. Products of fewer rows run at a lower rate too:
+# Llama-3.1-8B as pp2 on two H100s takes 25.7, 24.2 and 23.8 ms for 2,048 tokens in
+# micro-batches of 2,048, 4,096 and 8,192, about 1 + 150 / tokens; with either figure
+# it is cut alike.
 MICRO_BATCH_OVERHEAD_TOKENS = 300
 
 
