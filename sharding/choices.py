@@ -127,6 +127,15 @@ TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
     (When(), "einsum"),
 )
 
+# Where the kernel that sums has run.
+_TWO_SUM = When(
+    platforms=("cuda",),
+    attached=True,
+    tensor_above=1,
+    tensor_up_to=2,
+    dtypes=("bfloat16",),
+)
+
 # With that attention, on two H100s: tp2 at batch 256 12.8 -> 11.5 ms, tp1 at 1 and 64
 # 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other. It
 # has summed over two devices and never over more.
@@ -142,17 +151,7 @@ RESIDUAL: tuple[tuple[When, Residual], ...] = (
         ),
         "triton_split",
     ),
-    (
-        When(
-            platforms=("cuda",),
-            attached=True,
-            phase="decode",
-            tensor_above=1,
-            tensor_up_to=2,
-            dtypes=("bfloat16",),
-        ),
-        "triton",
-    ),
+    (_TWO_SUM, "triton"),
     (When(), "plain"),
 )
 
@@ -160,17 +159,7 @@ RESIDUAL: tuple[tuple[When, Residual], ...] = (
 # batch 1, 16 and 64. Where nothing is summed over devices there is nothing to gain: pp2
 # at 64 takes 832 ms either way.
 PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
-    (
-        When(
-            platforms=("cuda",),
-            attached=True,
-            phase="prefill",
-            tensor_above=1,
-            tensor_up_to=2,
-            dtypes=("bfloat16",),
-        ),
-        "triton",
-    ),
+    (_TWO_SUM, "triton"),
     (When(), "plain"),
 )
 
@@ -256,11 +245,14 @@ def choose(
     residual = _first(RESIDUAL, target, program)
     if not program.residual_refusal(residual):
         program = dataclasses.replace(program, residual=residual)
+    changes = changes or {}
+    program = change(program, changes)
+    # Behind the changes, for not all of them leave a whole prompt to sum.
     prompt = _first(PROMPT_RESIDUAL, target, program)
-    whole = (changes or {}).get("overlap", "none") == "none"
-    if whole and not program.prompt_residual_refusal(prompt):
+    is_open = "prompt_residual" not in changes
+    if is_open and not program.prompt_residual_refusal(prompt):
         program = dataclasses.replace(program, prompt_residual=prompt)
-    return change(program, changes or {})
+    return program
 
 
 def change(program: Program, changes: Mapping[str, str]) -> Program:

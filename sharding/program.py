@@ -276,9 +276,8 @@ class Program:
                 " kernel is for decoded tokens and weights as wide as activations. Use"
                 " residual='plain', which has no such limit."
             )
-        return residual.refusal(
-            name, self.layout.model, self.partition, self.token_rows
-        )
+        model = self.layout.model
+        return residual.refusal(name, model, self.partition, self._tokens_at_once)
 
     def prompt_residual_refusal(self, name: PromptResidual) -> str | None:
         """Returns why a prompt's residual cannot be `name`, None if it can."""
@@ -291,8 +290,7 @@ class Program:
                 " once, and weights as wide as activations. Use"
                 " prompt_residual='plain', which has no such limit."
             )
-        tokens = self._prompt_rows * self.workload.input_len
-        model = self.layout.model
+        tokens, model = self._tokens_at_once, self.layout.model
         return residual.refusal(name, model, self.partition, tokens, "prefill")
 
     def _overlap_refusal(self) -> str | None:
@@ -305,6 +303,17 @@ class Program:
                 " overlap='none'."
             )
         return overlap.refusal(self.overlap, self.partition, self._prompt_rows)
+
+    @property
+    def _phase_residual(self) -> Residual:
+        return self.prompt_residual if self.phase == "prefill" else self.residual
+
+    @property
+    def _tokens_at_once(self) -> int:
+        """Of a replica, in this phase."""
+        if self.phase == "decode":
+            return self.token_rows
+        return self._prompt_rows * self.workload.input_len
 
     @property
     def _prompt_rows(self) -> int:
@@ -518,8 +527,7 @@ class Program:
         )
 
     def _steps(self, mesh: Mesh) -> Steps | None:
-        is_prompt = self.phase == "prefill"
-        name = self.prompt_residual if is_prompt else self.residual
+        name = self._phase_residual
         if name == "plain":
             return None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -533,25 +541,25 @@ class Program:
             boxes,
             phase=self.phase,
             split=name == "triton_split",
-            whole=is_prompt or self.token_attention == "einsum",
+            whole=self.token_attention == "einsum",
             on_cpu=on_cpu,
         )
 
     @property
     def _mailbox_bytes(self) -> int:
         """Of what the compiler does not know of."""
-        name = self.prompt_residual if self.phase == "prefill" else self.residual
-        alone = self.partition.tensor == 1
-        return 0 if alone or name == "plain" else self._mailbox.num_bytes
+        if self._phase_residual == "plain" or self.partition.tensor == 1:
+            return 0
+        return self._mailbox.num_bytes
 
     @property
     def _mailbox(self) -> Mailbox:
         """Where a device's peers write what it is to add up."""
-        tokens = self.token_rows
-        if self.phase == "prefill":
-            tokens = self._prompt_rows * self.workload.input_len
-        width = self.config.embed_dim
-        return Mailbox.of(peers=self.partition.tensor, rows=tokens, width=width)
+        return Mailbox.of(
+            peers=self.partition.tensor,
+            rows=self._tokens_at_once,
+            width=self.config.embed_dim,
+        )
 
     def _turn(self, platform: str) -> Turn | None:
         if self.overlap == "none":
