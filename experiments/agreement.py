@@ -24,6 +24,7 @@ PLAIN = {
     "residual": "plain",
     "prompt_residual": "plain",
     "overlap": "none",
+    "last_layer": "all",
 }
 
 

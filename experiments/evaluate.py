@@ -444,6 +444,7 @@ def price_counted(
         residual=_kernel(program.residual, "plain"),
         prompt_residual=_kernel(program.prompt_residual, "plain"),
         overlap=_kernel(program.overlap, "none"),
+        last_layer=_kernel(program.last_layer, "all"),
         ticks=counted.ticks,
         busy_ticks=counted.busy_ticks,
     )

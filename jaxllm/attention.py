@@ -182,6 +182,18 @@ def decode_attention(
     return _weighed(weights, kv, q.dtype).astype(q.dtype)[:, None]
 
 
+def last_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, " B"],
+) -> Float[Array, "B 1 K G H"]:
+    """Returns what `causal_attention` does at one position of each prompt."""
+    rows = jnp.take_along_axis(q, positions[:, None, None, None, None], axis=1)
+    kv = KV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+    return decode_attention(rows, kv, positions)
+
+
 def decode_attention_part(
     q: Float[Array, "B 1 K G H"], kv: KV, positions: Int[Array, " B"]
 ) -> tuple[Float[Array, "B K G H"], Float[Array, "B K G"], Float[Array, "B K G"]]:

@@ -17,11 +17,21 @@ from jaxllm.attention import (
     PromptAttention,
     causal_attention,
     decode_attention,
+    last_attention,
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere, turned
-from jaxllm.model import Attend, Params, Steps, Tree, Turn, bind_ends, run_blocks
+from jaxllm.model import (
+    Attend,
+    LastLayer,
+    Params,
+    Steps,
+    Tree,
+    Turn,
+    bind_ends,
+    run_blocks,
+)
 
 # Rows [B, T, D] of an embedding table [V, D] for tokens [B, T].
 Lookup = Callable[[Array, Array], Array]
@@ -247,6 +257,7 @@ def prefill(
     steps: Steps | None = None,
     turn: Turn | None = None,
     fill: bool = False,
+    only_last: bool = False,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Reads prompts into the cache; returns it with the logits of the next token.
 
@@ -263,6 +274,8 @@ def prefill(
       steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs two halves of the sequences in turns; see `run_blocks`.
       fill: write behind prompts too; see `prompt_attend`.
+      only_last: of the last layer, compute keys and values of all positions, and the
+        rest, which nothing but the head reads, of the last position alone.
     """
     ends = bind_ends(config, params.ends)
     x = place(lookup(ends.embedding[...], tokens), ("batch", "residual_seq", "embed"))
@@ -278,9 +291,23 @@ def prefill(
         cache_at=CacheLayer(kv=KV(x, x), row=row),
         steps=steps,
         turn=turn,
+        last=_last_layer(tokens, lengths, place, fill) if only_last else None,
     )
-    last = place(last_position(x, lengths), ("batch", "embed"))
-    return cache, ends.logits(last, place)
+    last = x[:, 0] if only_last else last_position(x, lengths)
+    return cache, ends.logits(place(last, ("batch", "embed")), place)
+
+
+def _last_layer(
+    tokens: Array, lengths: Array | None, place: Place, fill: bool
+) -> LastLayer:
+    """Returns the last block of a prompt of which the last position is asked for."""
+    batch, count = tokens.shape
+    where = jnp.full((batch,), count) if lengths is None else lengths
+    attention = functools.partial(last_attention, positions=where - 1)
+    return LastLayer(
+        attend=prompt_attend(place, attention, fill=fill),
+        pick=lambda x: last_position(x, lengths)[:, None],
+    )
 
 
 def decode_step(

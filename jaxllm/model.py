@@ -53,6 +53,18 @@ class Steps(NamedTuple):
     join: Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]]
 
 
+class LastLayer(NamedTuple):
+    """The last block where only some positions are asked for behind it.
+
+    Attributes:
+      attend: what attention does there; its heads are of these positions alone.
+      pick: takes these positions of the residual stream.
+    """
+
+    attend: Attend
+    pick: Callable[[Array], Array]
+
+
 class Block(nnx.Module):
     """One pre-norm decoder block: attention, then feed-forward."""
 
@@ -73,7 +85,8 @@ class Block(nnx.Module):
         *,
         normed: Float[Array, "B T D"] | None = None,
         then: Float[Array, " D"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], CacheLayer, Float[Array, "B T D"] | None]:
+        pick: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B R D"], CacheLayer, Float[Array, "B R D"] | None]:
         """Returns the residual stream, the cache and, with `then`, the stream's norm.
 
         Args:
@@ -85,12 +98,14 @@ class Block(nnx.Module):
           steps: parts of the block as kernels; None: ordinary operations.
           normed: `x` after this block's first norm, where `steps` have made it.
           then: scale of the norm that follows this block, for `steps` to make it.
+          pick: takes the R positions that `attend` returns heads of; None: all.
         """
         with jax.named_scope("attention"):
             inner = self.attention_norm(x) if normed is None else normed
             multiply = steps.project if steps else product
             flat, cache = self._heads(inner, angles, cache, attend, place, multiply)
             weight = self.attention.w_out.get_value()
+            x = x if pick is None else pick(x)
             if steps is None:
                 out = product(flat, weight)
                 x = x + place(out, ("batch", "residual_seq", "embed"))
@@ -163,7 +178,7 @@ class Block(nnx.Module):
         attend: Attend,
         place: Place,
         multiply: Callable[[Array, Any], Array] = product,
-    ) -> tuple[Float[Array, "B T N"], CacheLayer]:
+    ) -> tuple[Float[Array, "B R N"], CacheLayer]:
         """Returns what attention's last weight is multiplied with, and the cache."""
         normed = place(normed, ("batch", "seq", "embed"))
         qkv = self.attention.project_in(normed, place, multiply)
@@ -371,7 +386,8 @@ def run_blocks(
     cache_at: CacheLayer | None = None,
     steps: Steps | None = None,
     turn: Turn | None = None,
-) -> tuple[Float[Array, "B T D"], Any]:
+    last: LastLayer | None = None,
+) -> tuple[Float[Array, "B R D"], Any]:
     """Runs `x` through the blocks.
 
     Args:
@@ -387,9 +403,11 @@ def run_blocks(
       steps: parts of each block as kernels; None: ordinary operations.
       turn: runs two halves of the rows in turns, see `Block.in_turns`; None: all rows
         at once.
+      last: what the last of unrolled blocks does otherwise, in ordinary operations;
+        None: nothing.
 
     Returns:
-      The residual stream and the updated caches.
+      The residual stream, at R of its positions with `last`, and the updated caches.
     """
     at = cache_at or CacheLayer(kv=KV(x, x))
 
@@ -404,8 +422,18 @@ def run_blocks(
         x, layer, normed = block(x, angles, layer, attend, place, steps, **norms)
         return x, layer.kv, normed
 
+    def run_last(x: Any, tree: Tree, kv: KV, normed: Array | None) -> tuple[Any, KV]:
+        assert last is not None
+        layer = CacheLayer(kv=kv, index=at.index, row=at.row, keep=at.keep)
+        x, layer, _ = bind_block(config, tree)(
+            x, angles, layer, last.attend, place, normed=normed, pick=last.pick
+        )
+        return x, layer.kv
+
     stream: Any = x if turn is None else tuple(jnp.split(x, 2))
-    stream, caches = _run_layers(run, blocks, caches, stream, at.index, bool(steps))
+    stream, caches = _run_layers(
+        run, blocks, caches, stream, at.index, bool(steps), last and run_last
+    )
     return stream if turn is None else jnp.concatenate(stream), caches
 
 
@@ -416,8 +444,12 @@ def _run_layers(
     x: Any,
     index: tuple[Any, ...],
     with_norms: bool,
+    run_last: Callable[..., tuple[Any, KV]] | None,
 ) -> tuple[Any, Any]:
-    """Returns `x` and the caches after all layers; `run` runs one."""
+    """Returns `x` and the caches after all layers; `run` runs one.
+
+    `run_last`, if there is one, runs the last of unrolled layers in its place.
+    """
     if isinstance(blocks, tuple):
         # Traced once for all layers; the compiler puts it in place of every call.
         @jax.jit
@@ -429,7 +461,10 @@ def _run_layers(
             following = blocks[i + 1] if with_norms and i + 1 < len(blocks) else None
             then = following and following["attention_norm"]["scale"]
             with jax.named_scope(f"layer_{i}"):
-                x, kv, normed = block(x, tree, kv, normed, then)
+                if run_last is not None and i + 1 == len(blocks):
+                    x, kv = run_last(x, tree, kv, normed)
+                else:
+                    x, kv, normed = block(x, tree, kv, normed, then)
             done.append(kv)
         return x, tuple(done)
 

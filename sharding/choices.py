@@ -15,7 +15,7 @@ from jaxllm.product_kernel import MOST_ROWS
 from sharding.attention import Attention, Token, refusal
 from sharding.layout import Ticks
 from sharding.overlap import Overlap
-from sharding.program import Program
+from sharding.program import LastLayer, Program
 from sharding.residual import PromptResidual, Residual
 from sharding.target import Target
 
@@ -163,6 +163,13 @@ PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
     (When(), "plain"),
 )
 
+# The head reads the last position of a prompt, so that is all that is needed of what
+# the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products.
+LAST_LAYER: tuple[tuple[When, LastLayer], ...] = (
+    (When(platforms=("cuda",), attached=True, phase="prefill"), "last"),
+    (When(), "all"),
+)
+
 # What can be had instead of what the tables say, and in which phase it is asked.
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (get_args(Attention), ("prefill",)),
@@ -170,6 +177,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "residual": (get_args(Residual), ("decode",)),
     "prompt_residual": (get_args(PromptResidual), ("prefill",)),
     "overlap": (get_args(Overlap), ("prefill",)),
+    "last_layer": (get_args(LastLayer), ("prefill",)),
     "ticks": (get_args(Ticks), ("prefill", "decode")),
 }
 
@@ -238,6 +246,7 @@ def choose(
         token_attention="einsum",
         residual="plain",
         prompt_residual="plain",
+        last_layer="all",
     )
     token = _first(TOKEN_ATTENTION, target, program)
     if not program.token_refusal(token):
@@ -247,11 +256,14 @@ def choose(
         program = dataclasses.replace(program, residual=residual)
     changes = changes or {}
     program = change(program, changes)
-    # Behind the changes, for not all of them leave a whole prompt to sum.
+    # Behind the changes, for not all of them leave a whole prompt.
     prompt = _first(PROMPT_RESIDUAL, target, program)
     is_open = "prompt_residual" not in changes
     if is_open and not program.prompt_residual_refusal(prompt):
         program = dataclasses.replace(program, prompt_residual=prompt)
+    last = _first(LAST_LAYER, target, program)
+    if "last_layer" not in changes and not program.last_layer_refusal(last):
+        program = dataclasses.replace(program, last_layer=last)
     return program
 
 

@@ -43,7 +43,8 @@ def closed_form_flops(program: Program) -> int:
         attention    4 N H x scores, a prompt's scores being the block pairs that
                      its attention visits, a token's the whole cache
 
-    times the ticks, times the layers of the longest stage; then the head, 2 D V for
+    times the ticks, times the layers of the longest stage, the last layer of a prompt
+    perhaps for a position a sequence (`Program.last_layer`); then the head, 2 D V for
     each sequence. So it contains what a partition does on purpose beyond the model:
     key/value heads computed on several devices, layers of zeros that even out stages,
     and ticks in which a stage is idle. Norms, rotary, softmax and sampling are left
@@ -68,12 +69,20 @@ def closed_form_flops(program: Program) -> int:
     mlp = 6 * tokens * d * model.mlp_dim // (partition.ways("mlp") * embed)
     attention = 4 * n * h * scores * rows // (split * attention_ways)
     layers = layout.layers_per_stage * program.num_ticks
+    unread = 0
+    if program.last_layer == "last":
+        # Of T positions T - 1, in the last layer, of each micro-batch.
+        length = workload.input_len
+        out = 2 * tokens * d * h * n // (heads * embed)
+        unread = (out + mlp) * (length - 1) // length
+        unread += attention - 4 * n * h * length * rows // (split * attention_ways)
+        unread *= program.num_ticks
     # A vocabulary split over stages is computed by all of them, for every sequence.
     head = 2 * layout.replica_batch * d * model.vocab_size
     head //= partition.ways("vocab") * embed
     if stages > 1 and program.phase == "decode":
         head = head * stages // (layout.groups if layout.groups > 1 else stages)
-    return layers * (projections + mlp + attention) + head
+    return layers * (projections + mlp + attention) - unread + head
 
 
 def _rows(program: Program) -> int:
@@ -87,7 +96,9 @@ def _rows(program: Program) -> int:
 def work(program: Program) -> Work:
     """Returns the least that one device of `program`'s partition must do.
 
-    Prefill: its share of the model's FLOPs with exact causal attention; every weight
+    Prefill: its share of the model's FLOPs with exact causal attention, all positions
+    in all layers, as they are counted elsewhere (`Program.last_layer` does with 3 %
+    less); every weight
     read once, the prompt's cache written once. Bubbles are left out: more
     micro-batches can make them arbitrarily small. Decode: its share of the FLOPs; a
     stage's weights once for every group in flight, which come at different times; the

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from sharding.rules import MESH_AXES
 from sharding.target import Target
 
 Phase = Literal["prefill", "decode"]
+LastLayer = Literal["all", "last"]
 
 # Prompt tokens that a replica reads at once. More would only cost memory: a matrix
 # product of this many rows is limited by compute on every chip we know (an H100 needs
@@ -147,6 +148,8 @@ class Program:
       residual: how a token's products are added up; see `sharding.residual`.
       prompt_residual: how a prompt's are; see there.
       overlap: what of a prompt runs while devices sum; see `sharding.overlap`.
+      last_layer: of which of a prompt's positions the last layer computes more than
+        keys and values: "all", or the "last" one, which is all that the head reads.
       compiler_options: of XLA, beside those of the target.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
@@ -171,6 +174,7 @@ class Program:
     residual: Residual = "plain"
     prompt_residual: PromptResidual = "plain"
     overlap: Overlap = "none"
+    last_layer: LastLayer = "all"
     compiler_options: tuple[tuple[str, str], ...] = ()
     micro_batches: int | None = None
     ragged: bool = False
@@ -196,6 +200,8 @@ class Program:
         if reason := self.prompt_residual_refusal(self.prompt_residual):
             raise ValueError(reason)
         if reason := self._overlap_refusal():
+            raise ValueError(reason)
+        if reason := self.last_layer_refusal(self.last_layer):
             raise ValueError(reason)
 
     def _check_micro_batches(self) -> None:
@@ -303,6 +309,39 @@ class Program:
                 " overlap='none'."
             )
         return overlap.refusal(self.overlap, self.partition, self._prompt_rows)
+
+    def last_layer_refusal(self, name: LastLayer) -> str | None:
+        """Returns why the last layer cannot be computed so, None if it can."""
+        if name == "all":
+            return None
+        if name not in get_args(LastLayer):
+            known = ", ".join(get_args(LastLayer))
+            return f"no last_layer {name!r}; there are {known}. Choose one."
+        partition = self.partition
+        rules = {
+            f"phase {self.phase}: a decoded token is the last position": (
+                self.phase == "prefill"
+            ),
+            f"{partition.stage} stages: all of them run the same layers": (
+                partition.stage == 1
+            ),
+            f"layers {self.layers!r}: a loop runs them all alike": (
+                self.layers == "unrolled"
+            ),
+            f"overlap {self.overlap!r}: halves of the rows run in turns": (
+                self.overlap == "none"
+            ),
+            f"rules {partition.rules.name!r}: one position cannot be split": (
+                partition.sums_stream("prefill")
+            ),
+        }
+        for reason, good in rules.items():
+            if not good:
+                return (
+                    f"last_layer {name!r} with {reason}. Use last_layer='all', which"
+                    " has no such limit."
+                )
+        return None
 
     @property
     def _phase_residual(self) -> Residual:
@@ -678,6 +717,7 @@ class Program:
                 steps=steps,
                 turn=turn,
                 fill=self._splits_positions,
+                only_last=self.last_layer == "last",
             )
             where = jnp.int32(tokens.shape[1]) if lengths is None else lengths
             picked = sample(logits, seeds, where)

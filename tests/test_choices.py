@@ -184,6 +184,45 @@ def test_a_prompt_in_halves_has_its_own_sums() -> None:
     assert (found.overlap, found.prompt_residual) == ("rows", "plain")
 
 
+@pytest.mark.parametrize(
+    ("name", "attached", "changes", "last"),
+    [
+        ("tp2", True, {}, "last"),
+        ("dp2_tp2", True, {}, "last"),
+        ("tp2", True, {"last_layer": "all"}, "all"),
+        ("tp2", True, {"overlap": "rows"}, "all"),
+        ("pp2", True, {}, "all"),
+        ("tp2", False, {}, "all"),
+    ],
+)
+def test_the_last_layer_is_short_where_nothing_reads_the_rest(
+    name: str, attached: bool, changes: dict[str, str], last: str
+) -> None:
+    asked = program("prefill", name, 64)
+    found = choices.choose(
+        asked, on("cuda", attached), layers="unrolled", changes=changes
+    )
+    assert found.last_layer == last
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [
+        ("tp2", {"phase": "decode"}, "phase decode"),
+        ("tp2", {"layers": "scanned"}, "layers 'scanned'"),
+        ("tp2", {"overlap": "rows"}, "overlap 'rows'"),
+        ("pp2", {}, "2 stages"),
+        ("tp2", {"partition": Partition.parse("tp2", "sequence")}, "rules 'seq"),
+    ],
+)
+def test_a_short_last_layer_is_refused_where_more_of_it_is_read(
+    name: str, how: dict[str, Any], reason: str
+) -> None:
+    asked = dataclasses.replace(program("prefill", name, 64), layers="unrolled")
+    with pytest.raises(ValueError, match=f"last_layer 'last' with .*{reason}.* Use"):
+        dataclasses.replace(asked, last_layer="last", **how)
+
+
 def test_both_phases_share_parameters_and_cache() -> None:
     prefill, decode = choices.choose_both(
         program("prefill", "pp8"), program("decode", "pp8"), on("cuda")

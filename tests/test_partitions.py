@@ -17,7 +17,7 @@ from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
 from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload
-from sharding.program import Program
+from sharding.program import LastLayer, Program
 from sharding.residual import PromptResidual, Residual
 from sharding.rules import AxisRules
 from sharding.run import answers
@@ -56,6 +56,7 @@ def run(
     residual: Residual = "plain",
     prompt_residual: PromptResidual = "plain",
     overlap: Overlap = "none",
+    last_layer: LastLayer = "all",
     micro_batches: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Layout]:
     """Returns tokens [TOKENS, B] and the logits [TOKENS, B, V] they come from."""
@@ -77,6 +78,7 @@ def run(
             residual=residual if phase == "decode" else "plain",
             prompt_residual=prompt_residual if phase == "prefill" else "plain",
             overlap=overlap if phase == "prefill" else "none",
+            last_layer=last_layer if phase == "prefill" else "all",
             micro_batches=micro_batches if phase == "prefill" else None,
             ragged=ragged,
             with_logits=True,
@@ -388,3 +390,23 @@ def test_each_device_holds_its_part(
     block = placed.blocks[0]
     weight = {**block["attention"], **block["mlp"]}[path]
     assert weight.addressable_shards[0].data.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "ragged", "batch", "residual"),
+    [
+        ("tiny-3", "tp1", True, BATCH, "plain"),
+        ("tiny-wide", "tp8", True, BATCH, "triton"),  # copies of heads
+        ("tiny-3", "dp2_tp2", False, BATCH, "plain"),
+    ],
+)
+def test_the_last_layer_is_read_at_the_last_position(
+    model: str, name: str, ragged: bool, batch: int, residual: PromptResidual
+) -> None:
+    tokens, logits, _ = run(
+        model, name, "megatron", "unrolled", ragged, batch,
+        prompt_residual=residual, last_layer="last", micro_batches=2,
+    )  # fmt: skip
+    want_tokens, want_logits = one_device(model, ragged, batch)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_allclose(logits, want_logits, atol=1e-4, rtol=1e-4)

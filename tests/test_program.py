@@ -4,6 +4,7 @@ What the optimised HLO holds is compared with closed forms: FLOPs, bytes, collec
 and memory of one device.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -70,6 +71,37 @@ def test_flops_are_the_closed_form(
     program, _, ledger = compiled(target, model, name, phase, layers)
     # Norms, rotary, softmax and sampling come on top.
     assert 1.0 <= ledger.flops / closed_form_flops(program) < 1.01
+
+
+def test_a_short_last_layer_computes_and_sends_one_position() -> None:
+    """Of two layers, so that the one of them that is whole shows beside it."""
+    batch, length = 4, 1024
+    config = dataclasses.replace(config_lib.load("llama-3.1-8b"), num_layers=2)
+    program = Program(
+        phase="prefill",
+        config=config,
+        partition=Partition.parse("tp2"),
+        workload=Workload(batch_size=batch, input_len=length, output_len=128),
+        last_layer="last",
+    )
+    compiled = program.compile(parse_target("h100:2"))
+    ledger = read_ledger(compiled.text, program.partition.axes)
+    assert 1.0 <= ledger.flops / closed_form_flops(program) < 1.01
+    whole = dataclasses.replace(program, last_layer="all")
+    heads = config.num_heads * config.head_dim
+    products = 2 * batch * length * config.embed_dim * (heads + 3 * config.mlp_dim) / 2
+    saved = closed_form_flops(whole) - closed_form_flops(program)
+    attention = 4 * heads * batch * 3 * 512**2 / 2  # in pairs of blocks of 512
+    assert saved == pytest.approx(products + attention, rel=2 / length)
+    row = config.embed_dim * 2
+    sums = sorted(
+        c.payload_bytes
+        for c in ledger.collectives
+        if c.kind == "all-reduce" and c.payload_bytes >= batch * row
+        for _ in range(c.count)
+    )
+    # The last layer's two are short; of the first, and of embedding, all positions.
+    assert sums == [batch * row] * 2 + [batch * length * row] * 3
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -187,6 +187,7 @@ class PhaseRecord:
       residual: kernel that adds its products up; null for ordinary operations.
       prompt_residual: kernel that adds a prompt's up; null for ordinary operations.
       overlap: what of a prompt runs while devices sum; null for nothing.
+      last_layer: of which of a prompt's positions it computes all; null for all.
     """
 
     layers: str
@@ -209,6 +210,7 @@ class PhaseRecord:
     residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
     prompt_residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
     overlap: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    last_layer: str | None = dataclasses.field(default=None, metadata=_ADDED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

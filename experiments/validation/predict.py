@@ -21,7 +21,7 @@ from sharding.target import GPUS, Target, parse_target
 
 PHASES: dict[str, Phase] = {"ttft": "prefill", "tpot": "decode"}
 # Fields of a `Program` that say how it is written, under the same name in a record.
-_WRITING = ("layers", *validated.KERNELS)
+_WRITING = ("layers", *validated.WRITING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
