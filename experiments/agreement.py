@@ -23,6 +23,7 @@ PLAIN = {
     "token_attention": "einsum",
     "residual": "plain",
     "prompt_residual": "plain",
+    "gate_up": "plain",
     "overlap": "none",
     "last_layer": "all",
 }
