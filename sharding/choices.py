@@ -197,7 +197,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token_attention": (get_args(Token), ("decode",)),
     "residual": (get_args(Residual), ("decode",)),
     "prompt_residual": (get_args(PromptResidual), ("prefill",)),
-    "gate_up": (get_args(GateUp), ("prefill",)),
+    "gate_up": (get_args(GateUp), ("prefill", "decode")),
     "overlap": (get_args(Overlap), ("prefill",)),
     "last_layer": (get_args(LastLayer), ("prefill",)),
     "ticks": (get_args(Ticks), ("prefill", "decode")),
