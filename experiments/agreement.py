@@ -23,7 +23,6 @@ PLAIN = {
     "token_attention": "einsum",
     "residual": "plain",
     "prompt_residual": "plain",
-    "gate_up": "plain",
     "overlap": "none",
     "last_layer": "all",
 }

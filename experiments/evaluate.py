@@ -443,7 +443,6 @@ def price_counted(
         token_attention=_kernel(program.token_attention, "einsum"),
         residual=_kernel(program.residual, "plain"),
         prompt_residual=_kernel(program.prompt_residual, "plain"),
-        gate_up=_kernel(program.gate_up, "plain"),
         overlap=_kernel(program.overlap, "none"),
         last_layer=_kernel(program.last_layer, "all"),
         ticks=counted.ticks,

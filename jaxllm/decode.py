@@ -23,7 +23,6 @@ from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
 from jaxllm.layers import Place, angles_at, anywhere, turned
 from jaxllm.model import (
-    ORDINARY,
     Attend,
     LastLayer,
     Params,
@@ -255,7 +254,7 @@ def prefill(
     lookup: Lookup = whole_table,
     attention: PromptAttention = causal_attention,
     row: Int[Array, ""] | int = 0,
-    steps: Steps = ORDINARY,
+    steps: Steps | None = None,
     turn: Turn | None = None,
     fill: bool = False,
     only_last: bool = False,
@@ -321,7 +320,7 @@ def decode_step(
     place: Place = anywhere,
     lookup: Lookup = whole_table,
     attention: TokenAttention | None = None,
-    steps: Steps = ORDINARY,
+    steps: Steps | None = None,
 ) -> tuple[Tree, Float[Array, "B V"]]:
     """Runs one token of every sequence; returns the cache and the next logits.
 

@@ -224,27 +224,13 @@ class MLP(nnx.Module):
         )
 
     def hidden(
-        self,
-        x: Float[Array, "B T D"],
-        place: Place = anywhere,
-        gate: Callable[[Array, Any], Array] | None = None,
+        self, x: Float[Array, "B T D"], place: Place = anywhere
     ) -> Float[Array, "B T F"]:
-        """Returns what `w_down` is multiplied with, which `gate` is a kernel for."""
-        if gate is not None:
-            return gate(x, self.w_gate_up.get_value())
+        """Returns what `w_down` is multiplied with."""
         gate_up = _columns(x, self.w_gate_up, self.slots)
         gate_up = place(gate_up, ("batch", "seq", "mlp", None, None))
-        return _gated(gate_up)
-
-
-def swiglu(gate_up: Float[Array, "B T N"], pieces: int) -> Float[Array, "B T F"]:
-    """Returns silu(gate) times up, whose columns lie in so many pieces in turn."""
-    return _gated(gate_up.reshape(*gate_up.shape[:2], pieces, 2, -1))
-
-
-def _gated(gate_up: Float[Array, "B T P 2 f"]) -> Float[Array, "B T F"]:
-    hidden = jax.nn.silu(gate_up[:, :, :, 0]) * gate_up[:, :, :, 1]
-    return hidden.reshape(*hidden.shape[:2], -1)
+        hidden = jax.nn.silu(gate_up[:, :, :, 0]) * gate_up[:, :, :, 1]
+        return hidden.reshape(*hidden.shape[:2], -1)
 
 
 def angles_at(

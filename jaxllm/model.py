@@ -39,26 +39,18 @@ Turn = Callable[[Array, str, Any, Array], tuple[Array, Array]]
 
 
 class Steps(NamedTuple):
-    """Parts of a block, perhaps as kernels of one's own; None: ordinary operations.
+    """Parts of a block as kernels of one's own.
 
     Attributes:
       project: multiplies an activation with the weight of queries, keys and values;
         perhaps in parts [P, B, T, N] for attention to add up.
-      gate: multiplies the stream's norm with the weight of gate and up, and makes what
-        the feed-forward layer's last weight is multiplied with.
       join: adds to a residual stream the product of an activation, whose last
         dimension has the given name, with a weight; returns the stream and, of a
         scale, its norm.
     """
 
-    project: Callable[[Array, Any], Array] = product
-    gate: Callable[[Array, Any], Array] | None = None
-    join: Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]] | None = (
-        None
-    )
-
-
-ORDINARY = Steps()
+    project: Callable[[Array, Any], Array]
+    join: Callable[[Array, Array, str, Any, Array | None], tuple[Array, Any]]
 
 
 class LastLayer(NamedTuple):
@@ -89,7 +81,7 @@ class Block(nnx.Module):
         cache: CacheLayer,
         attend: Attend,
         place: Place = anywhere,
-        steps: Steps = ORDINARY,
+        steps: Steps | None = None,
         *,
         normed: Float[Array, "B T D"] | None = None,
         then: Float[Array, " D"] | None = None,
@@ -103,19 +95,18 @@ class Block(nnx.Module):
           cache: of this layer.
           attend: what attention does.
           place: pins activations.
-          steps: parts of the block as kernels.
+          steps: parts of the block as kernels; None: ordinary operations.
           normed: `x` after this block's first norm, where `steps` have made it.
           then: scale of the norm that follows this block, for `steps` to make it.
           pick: takes the R positions that `attend` returns heads of; None: all.
         """
         with jax.named_scope("attention"):
             inner = self.attention_norm(x) if normed is None else normed
-            flat, cache = self._heads(
-                inner, angles, cache, attend, place, steps.project
-            )
+            multiply = steps.project if steps else product
+            flat, cache = self._heads(inner, angles, cache, attend, place, multiply)
             weight = self.attention.w_out.get_value()
             x = x if pick is None else pick(x)
-            if steps.join is None:
+            if steps is None:
                 out = product(flat, weight)
                 x = x + place(out, ("batch", "residual_seq", "embed"))
                 inner = self.mlp_norm(x)
@@ -124,9 +115,9 @@ class Block(nnx.Module):
                     x, flat, "heads", weight, self.mlp_norm.scale[...]
                 )
         with jax.named_scope("mlp"):
-            hidden = self._hidden(inner, place, steps.gate)
+            hidden = self._hidden(inner, place)
             weight = self.mlp.w_down.get_value()
-            if steps.join is None:
+            if steps is None:
                 out = product(hidden, weight)
                 x = x + place(out, ("batch", "residual_seq", "embed"))
                 normed = None
@@ -195,13 +186,10 @@ class Block(nnx.Module):
         return self.attention.flatten(heads, place), cache
 
     def _hidden(
-        self,
-        normed: Float[Array, "B T D"],
-        place: Place,
-        gate: Callable[[Array, Any], Array] | None = None,
+        self, normed: Float[Array, "B T D"], place: Place
     ) -> Float[Array, "B T F"]:
         """Returns what the feed-forward layer's last weight is multiplied with."""
-        return self.mlp.hidden(place(normed, ("batch", "seq", "embed")), place, gate)
+        return self.mlp.hidden(place(normed, ("batch", "seq", "embed")), place)
 
 
 class Ends(nnx.Module):
@@ -396,7 +384,7 @@ def run_blocks(
     place: Place = anywhere,
     *,
     cache_at: CacheLayer | None = None,
-    steps: Steps = ORDINARY,
+    steps: Steps | None = None,
     turn: Turn | None = None,
     last: LastLayer | None = None,
 ) -> tuple[Float[Array, "B R D"], Any]:
@@ -412,7 +400,7 @@ def run_blocks(
       attend: what attention does; gets and returns the layer's cache.
       place: pins activations.
       cache_at: where in each cache to read and write (`kv` is ignored).
-      steps: parts of each block as kernels.
+      steps: parts of each block as kernels; None: ordinary operations.
       turn: runs two halves of the rows in turns, see `Block.in_turns`; None: all rows
         at once.
       last: what the last of unrolled blocks does otherwise, in ordinary operations;
@@ -444,7 +432,7 @@ def run_blocks(
 
     stream: Any = x if turn is None else tuple(jnp.split(x, 2))
     stream, caches = _run_layers(
-        run, blocks, caches, stream, at.index, steps.join is not None, last and run_last
+        run, blocks, caches, stream, at.index, bool(steps), last and run_last
     )
     return stream if turn is None else jnp.concatenate(stream), caches
 

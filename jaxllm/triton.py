@@ -1,6 +1,6 @@
 """What kernels for GPUs share: sizes that suit a GPU, and how they say their cost.
 
-They are written in Pallas and compiled by Triton or Mosaic GPU.
+They are written in Pallas and compiled by Triton.
 """
 
 import math
@@ -21,11 +21,6 @@ def cost(*, matmul_flops: int, other_flops: int, hbm_bytes: int) -> dict[str, st
         "hbm_bytes": hbm_bytes,
     }
     return {name: str(value) for name, value in figures.items()}
-
-
-def cost_scope(**figures: int) -> str:
-    """Returns the same as the name of a scope, for kernels that keep no metadata."""
-    return "cost:" + ",".join(f"{k}={v}" for k, v in cost(**figures).items())
 
 
 def num_bytes(*arrays: Any) -> int:

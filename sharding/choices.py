@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar, get_args
 from jaxllm.model import Layers
 from jaxllm.product_kernel import MOST_ROWS
 from sharding.attention import Attention, Token, refusal
-from sharding.gated import GateUp
 from sharding.layout import Ticks
 from sharding.overlap import Overlap
 from sharding.program import LastLayer, Program
@@ -29,7 +28,6 @@ class When:
 
     Attributes:
       platforms: of the target.
-      chips: of the target, by name.
       attached: whether programs run there; described devices only compile.
       phase: "prefill" or "decode".
       tokens_above: prompt tokens of a micro-batch.
@@ -42,7 +40,6 @@ class When:
     """
 
     platforms: tuple[str, ...] | None = None
-    chips: tuple[str, ...] | None = None
     attached: bool | None = None
     phase: Literal["prefill", "decode"] | None = None
     tokens_above: int = 0
@@ -58,7 +55,6 @@ class When:
         rows = program.layout.replica_batch // program.prefill_micro_batches
         return (
             (self.platforms is None or target.platform in self.platforms)
-            and (self.chips is None or target.chip.name in self.chips)
             and self.attached in (None, not target.compile_only)
             and self.phase in (None, program.phase)
             and rows * program.workload.input_len > self.tokens_above
@@ -167,23 +163,6 @@ PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
     (When(), "plain"),
 )
 
-# On one H100, gate and up of 16,384 rows with SwiGLU, hot: 5.90 -> 5.68 ms, and 2.98 ->
-# 2.85 of half of the columns.
-GATE_UP: tuple[tuple[When, GateUp], ...] = (
-    (
-        When(
-            platforms=("cuda",),
-            chips=("h100", "h200"),
-            attached=True,
-            phase="prefill",
-            tokens_above=4095,
-            dtypes=("bfloat16",),
-        ),
-        "mosaic",
-    ),
-    (When(), "plain"),
-)
-
 # The head reads the last position of a prompt, so that is all that is needed of what
 # the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products.
 LAST_LAYER: tuple[tuple[When, LastLayer], ...] = (
@@ -197,7 +176,6 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token_attention": (get_args(Token), ("decode",)),
     "residual": (get_args(Residual), ("decode",)),
     "prompt_residual": (get_args(PromptResidual), ("prefill",)),
-    "gate_up": (get_args(GateUp), ("prefill", "decode")),
     "overlap": (get_args(Overlap), ("prefill",)),
     "last_layer": (get_args(LastLayer), ("prefill",)),
     "ticks": (get_args(Ticks), ("prefill", "decode")),
@@ -268,7 +246,6 @@ def choose(
         token_attention="einsum",
         residual="plain",
         prompt_residual="plain",
-        gate_up="plain",
         last_layer="all",
     )
     token = _first(TOKEN_ATTENTION, target, program)
@@ -284,9 +261,6 @@ def choose(
     is_open = "prompt_residual" not in changes
     if is_open and not program.prompt_residual_refusal(prompt):
         program = dataclasses.replace(program, prompt_residual=prompt)
-    gate_up = _first(GATE_UP, target, program)
-    if "gate_up" not in changes and not program.gate_up_refusal(gate_up):
-        program = dataclasses.replace(program, gate_up=gate_up)
     last = _first(LAST_LAYER, target, program)
     if "last_layer" not in changes and not program.last_layer_refusal(last):
         program = dataclasses.replace(program, last_layer=last)

@@ -81,7 +81,7 @@ class Pipeline:
     place: Place
     attention: PromptAttention
     token_attention: TokenAttention | None
-    steps: Steps
+    steps: Steps | None
     turn: Turn | None
     fill: bool
     lookup: Lookup

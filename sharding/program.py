@@ -29,10 +29,10 @@ from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
 from jaxllm.layers import Place
-from jaxllm.model import ORDINARY, Layers, Params, Steps, Turn
+from jaxllm.model import Layers, Params, Steps, Turn
 from jaxllm.norm_kernel import Mailbox
 from jaxllm.quantized import KVFormat, WeightFormat
-from sharding import gated, overlap, residual, vocab
+from sharding import overlap, residual, vocab
 from sharding.attention import (
     Attention,
     Token,
@@ -42,7 +42,6 @@ from sharding.attention import (
     token_attention,
     token_refusal,
 )
-from sharding.gated import GateUp
 from sharding.layout import Layout, Named, State, Ticks
 from sharding.mesh import make_mesh
 from sharding.overlap import Overlap
@@ -148,7 +147,6 @@ class Program:
       token_attention: how that of a decoded token is; see there.
       residual: how a token's products are added up; see `sharding.residual`.
       prompt_residual: how a prompt's are; see there.
-      gate_up: how gate and up are multiplied and joined; see `sharding.gated`.
       overlap: what of a prompt runs while devices sum; see `sharding.overlap`.
       last_layer: of which of a prompt's positions the last layer computes more than
         keys and values: "all", or the "last" one, which is all that the head reads.
@@ -175,7 +173,6 @@ class Program:
     token_attention: Token = "einsum"
     residual: Residual = "plain"
     prompt_residual: PromptResidual = "plain"
-    gate_up: GateUp = "plain"
     overlap: Overlap = "none"
     last_layer: LastLayer = "all"
     compiler_options: tuple[tuple[str, str], ...] = ()
@@ -201,8 +198,6 @@ class Program:
         self._check_ragged()
         self._check_micro_batches()
         if reason := self.prompt_residual_refusal(self.prompt_residual):
-            raise ValueError(reason)
-        if reason := self.gate_up_refusal(self.gate_up):
             raise ValueError(reason)
         if reason := self._overlap_refusal():
             raise ValueError(reason)
@@ -303,19 +298,6 @@ class Program:
             )
         tokens, model = self._tokens_at_once, self.layout.model
         return residual.refusal(name, model, self.partition, tokens, "prefill")
-
-    def gate_up_refusal(self, name: GateUp) -> str | None:
-        """Returns why gate and up cannot be computed so, None if they can."""
-        if name != "plain" and (self.weights or self.overlap != "none"):
-            return (
-                f"gate_up {name!r} with weights {self.weights} and overlap"
-                f" {self.overlap!r}: the kernel is for weights as wide as activations,"
-                " and all rows at once. Use gate_up='plain', which has no such limit."
-            )
-        model, tokens = self.layout.model, self._tokens_at_once
-        return gated.refusal(
-            name, model, self.partition, self.dtype, phase=self.phase, tokens=tokens
-        )
 
     def _overlap_refusal(self) -> str | None:
         if self.overlap == "none":
@@ -468,8 +450,6 @@ class Program:
         )
         if reason := refusal(self.attention, self.config, self.dtype, target):
             raise ValueError(reason)
-        if reason := gated.device_refusal(self.gate_up, target):
-            raise ValueError(reason)
         start = time.perf_counter()
         mesh = make_mesh(target.mesh_devices(self.partition.shape))
         executable = self.lower(mesh).compile(
@@ -585,24 +565,11 @@ class Program:
             self.attention, self.partition.rules, MESH_AXES, self._manual
         )
 
-    def _steps(self, mesh: Mesh) -> Steps:
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        steps = self._residual_steps(mesh, on_cpu)
-        if self.gate_up == "plain":
-            return steps
-        gate = gated.make_gate(
-            self.layout.model,
-            self.partition,
-            self._manual,
-            phase=self.phase,
-            on_cpu=on_cpu,
-        )
-        return steps._replace(gate=gate)
-
-    def _residual_steps(self, mesh: Mesh, on_cpu: bool) -> Steps:
+    def _steps(self, mesh: Mesh) -> Steps | None:
         name = self._phase_residual
         if name == "plain":
-            return ORDINARY
+            return None
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         boxes = None
         if self.partition.tensor > 1 and not on_cpu:
             boxes = residual.make_mailboxes(self._mailbox, mesh)
@@ -723,7 +690,7 @@ class Program:
         place: Place,
         lookup: Lookup,
         sample: Callable[..., Any],
-        steps: Steps,
+        steps: Steps | None,
         turn: Turn | None,
         params: Params,
         state: State,
@@ -785,7 +752,7 @@ class Program:
         lookup: Lookup,
         sample: Callable[..., Any],
         attention: TokenAttention | None,
-        steps: Steps,
+        steps: Steps | None,
         params: Params,
         state: State,
     ) -> tuple[State, Any]:

@@ -186,7 +186,6 @@ class PhaseRecord:
       token_attention: kernel of a decoded token's; null for ordinary operations.
       residual: kernel that adds its products up; null for ordinary operations.
       prompt_residual: kernel that adds a prompt's up; null for ordinary operations.
-      gate_up: kernel that computes them; null for ordinary operations.
       overlap: what of a prompt runs while devices sum; null for nothing.
       last_layer: of which of a prompt's positions it computes all; null for all.
     """
@@ -210,7 +209,6 @@ class PhaseRecord:
     token_attention: str | None = dataclasses.field(default=None, metadata=_ADDED)
     residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
     prompt_residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
-    gate_up: str | None = dataclasses.field(default=None, metadata=_ADDED)
     overlap: str | None = dataclasses.field(default=None, metadata=_ADDED)
     last_layer: str | None = dataclasses.field(default=None, metadata=_ADDED)
 

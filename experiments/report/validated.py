@@ -25,9 +25,7 @@ SCHEMA = 1
 METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
 # What a phase is written with, and how, by the fields of its record and `Program`.
-KERNELS = (
-    "attention", "token_attention", "residual", "prompt_residual", "gate_up", "overlap"
-)  # fmt: skip
+KERNELS = ("attention", "token_attention", "residual", "prompt_residual", "overlap")
 WRITING = (*KERNELS, "last_layer")
 NOT_VALIDATED = "not validated here"
 

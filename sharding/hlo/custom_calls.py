@@ -65,9 +65,7 @@ _PER_ELEMENT = {"__cudnn$norm": 8, "__onednn$layernorm": 8, "__onednn$softmax": 
 _TRITON = "__gpu$xla.gpu.triton"
 _STATED = ("matmul_flops", "other_flops", "hbm_bytes")
 _METADATA = re.compile(r'serialized_metadata = "((?:[^"\\]|\\.)*)"')
-_MOSAIC_GPU = ("mosaic_gpu_v2", "mosaic_gpu")
-_COST_SCOPE = re.compile(r'op_name="[^"]*/cost:([\w=,]*)')
-_KERNELS = ("tpu_custom_call", *_MOSAIC_GPU, _TRITON)
+_KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", _TRITON)
 
 
 def target(instruction: Instruction) -> str:
@@ -91,11 +89,6 @@ def stated_bytes(instruction: Instruction) -> int | None:
     """Returns the HBM bytes that a kernel says it moves; None if it says nothing."""
     stated = _stated(instruction)
     return stated["hbm_bytes"] if stated else None
-
-
-def is_gated_product(instruction: Instruction) -> bool:
-    """Returns whether this is `jaxllm.gated_kernel`: half of its product is kept."""
-    return target(instruction) in _MOSAIC_GPU and bool(_stated(instruction))
 
 
 def is_free(instruction: Instruction) -> bool:
@@ -186,18 +179,12 @@ def _stated(instruction: Instruction) -> dict[str, int] | None:
 
 
 def _metadata(instruction: Instruction) -> dict[str, Any]:
-    """Returns what a kernel for GPUs says of itself.
+    """Returns what a Triton kernel says of itself.
 
-    Of a Pallas kernel the cost estimate is lost on the way to HLO. What Triton compiles
-    keeps its `metadata`, what Mosaic compiles the scopes that it was called in, one of
-    which can be "cost:matmul_flops=1,..." (`jaxllm.triton.cost_scope`). Ours has the
-    figures of `_STATED`, and where devices exchange data, `collective` (its opcode),
-    `replica_groups` and `payload_bytes`.
+    A Pallas kernel for GPUs loses its cost estimate on the way to HLO and keeps its
+    `metadata`. Ours has the figures of `_STATED`, and where devices exchange data,
+    `collective` (its opcode), `replica_groups` and `payload_bytes`.
     """
-    if target(instruction) in _MOSAIC_GPU:
-        scope = _COST_SCOPE.search(instruction.rest)
-        pairs = scope[1].split(",") if scope else ()
-        return dict(pair.split("=") for pair in pairs if pair.count("=") == 1)
     found = _METADATA.search(instruction.rest)
     if target(instruction) != _TRITON or not found:
         return {}

@@ -6,7 +6,6 @@ around it, swaps the operands, and cuts long sums into a batch of shorter ones.
 
 import math
 
-from sharding.hlo import custom_calls
 from sharding.hlo.flops import FlopCounter
 from sharding.hlo.reader import Computation, Instruction, Module
 from sharding.hlo.records import Product
@@ -75,18 +74,14 @@ class ProductFinder:
         """
         flops = self._flops.of(instruction, computation).matmul
         operands = computation.operands(instruction)[:2]
-        if not flops or len(operands) < 2:
-            return None
-        gated = custom_calls.is_gated_product(instruction)
-        if instruction.opcode == "custom-call" and not gated:
+        if not flops or len(operands) < 2 or instruction.opcode == "custom-call":
             target = instruction.string("custom_call_target")
-            if not target.startswith("__cublas$"):
+            if not flops or len(operands) < 2 or not target.startswith("__cublas$"):
                 return None
         lhs, rhs = operands[0].shape, operands[1].shape
         out = instruction.shape.leaves[0]
-        kept = 2 * out.size if gated else out.size
         multiply_adds = flops / lhs.multiply_add_flops
-        m, n, k = (multiply_adds / max(s, 1) for s in (rhs.size, lhs.size, kept))
+        m, n, k = (multiply_adds / max(s.size, 1) for s in (rhs, lhs, out))
         batch = multiply_adds / (m * n * k)
         sizes = [round(x) for x in (batch, m, n, k)]
         if min(sizes) < 1 or math.prod(sizes) != multiply_adds:
