@@ -74,7 +74,7 @@ def latest(found: Iterable[Measured]) -> list[Measured]:
 def _question(record: Record) -> tuple[object, ...]:
     """Returns what was measured: every input but versions and code.
 
-    Of the code only with which kernels it wrote the programs.
+    Of the code only how it wrote the programs.
     """
     r = record
     own = (getattr(r, "weights", None), getattr(r, "kv", None))
@@ -82,7 +82,7 @@ def _question(record: Record) -> tuple[object, ...]:
         r.model, r.chip, r.num_devices, r.partition, r.rules, r.dtype, *own, r.layers,
         r.batch_size, r.input_len, r.output_len, r.asked_micro_batches,
         validated.choices_of(r),
-        *(validated.kernels_of(r, metric) for metric in validated.METRICS),
+        *(getattr(p, how, None) for p in (r.prefill, r.decode) for how in validated.WRITING),
     )  # fmt: skip
 
 
