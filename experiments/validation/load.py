@@ -82,7 +82,8 @@ def _question(record: Record) -> tuple[object, ...]:
         r.model, r.chip, r.num_devices, r.partition, r.rules, r.dtype, *own, r.layers,
         r.batch_size, r.input_len, r.output_len, r.asked_micro_batches,
         validated.choices_of(r),
-        *(getattr(p, how, None) for p in (r.prefill, r.decode) for how in validated.WRITING),
+        *(getattr(r.prefill, how, None) for how in validated.WRITING),
+        *(getattr(r.decode, how, None) for how in validated.WRITING),
     )  # fmt: skip
 
 
