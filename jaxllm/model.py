@@ -412,27 +412,30 @@ def run_blocks(
     at = cache_at or CacheLayer(kv=KV(x, x))
 
     def run(
-        x: Any, tree: Tree, kv: KV, index: tuple[Any, ...], **norms: Any
+        x: Any,
+        tree: Tree,
+        kv: KV,
+        index: tuple[Any, ...],
+        *,
+        is_last: bool = False,
+        **norms: Any,
     ) -> tuple[Any, KV, Array | None]:
         layer = CacheLayer(kv=kv, index=index, row=at.row, keep=at.keep)
         block = bind_block(config, tree)
         if turn is not None:
             x, layer = block.in_turns(x, angles, layer, attend, place, turn)
             return x, layer.kv, None
-        x, layer, normed = block(x, angles, layer, attend, place, steps, **norms)
-        return x, layer.kv, normed
-
-    def run_last(x: Any, tree: Tree, kv: KV, normed: Array | None) -> tuple[Any, KV]:
-        assert last is not None
-        layer = CacheLayer(kv=kv, index=at.index, row=at.row, keep=at.keep)
-        x, layer, _ = bind_block(config, tree)(
-            x, angles, layer, last.attend, place, normed=normed, pick=last.pick
+        how, kernels, pick = attend, steps, None
+        if last is not None and is_last:
+            how, kernels, pick = last.attend, None, last.pick
+        x, layer, normed = block(
+            x, angles, layer, how, place, kernels, pick=pick, **norms
         )
-        return x, layer.kv
+        return x, layer.kv, normed
 
     stream: Any = x if turn is None else tuple(jnp.split(x, 2))
     stream, caches = _run_layers(
-        run, blocks, caches, stream, at.index, bool(steps), last and run_last
+        run, blocks, caches, stream, at.index, bool(steps), last is not None
     )
     return stream if turn is None else jnp.concatenate(stream), caches
 
@@ -444,27 +447,25 @@ def _run_layers(
     x: Any,
     index: tuple[Any, ...],
     with_norms: bool,
-    run_last: Callable[..., tuple[Any, KV]] | None,
+    tell_last: bool,
 ) -> tuple[Any, Any]:
     """Returns `x` and the caches after all layers; `run` runs one.
 
-    `run_last`, if there is one, runs the last of unrolled layers in its place.
+    With `tell_last` it is told which of unrolled layers is the last.
     """
     if isinstance(blocks, tuple):
-        # Traced once for all layers; the compiler puts it in place of every call.
-        @jax.jit
-        def block(x: Any, tree: Tree, kv: KV, normed: Any, then: Any):
-            return run(x, tree, kv, index, normed=normed, then=then)
+        # Traced once for all like layers; the compiler puts it in place of every call.
+        @functools.partial(jax.jit, static_argnames="is_last")
+        def block(x: Any, tree: Tree, kv: KV, normed: Any, then: Any, *, is_last: bool):
+            return run(x, tree, kv, index, is_last=is_last, normed=normed, then=then)
 
         done, normed = [], None
         for i, (tree, kv) in enumerate(zip(blocks, caches, strict=True)):
             following = blocks[i + 1] if with_norms and i + 1 < len(blocks) else None
             then = following and following["attention_norm"]["scale"]
             with jax.named_scope(f"layer_{i}"):
-                if run_last is not None and i + 1 == len(blocks):
-                    x, kv = run_last(x, tree, kv, normed)
-                else:
-                    x, kv, normed = block(x, tree, kv, normed, then)
+                is_last = tell_last and i + 1 == len(blocks)
+                x, kv, normed = block(x, tree, kv, normed, then, is_last=is_last)
             done.append(kv)
         return x, tuple(done)
 

@@ -98,11 +98,10 @@ def work(program: Program) -> Work:
 
     Prefill: its share of the model's FLOPs with exact causal attention, all positions
     in all layers, as they are counted elsewhere (`Program.last_layer` does with 3 %
-    less); every weight
-    read once, the prompt's cache written once. Bubbles are left out: more
-    micro-batches can make them arbitrarily small. Decode: its share of the FLOPs; a
-    stage's weights once for every group in flight, which come at different times; the
-    cache once, at its mean length.
+    less); every weight read once, the prompt's cache written once. Bubbles are left
+    out: more micro-batches can make them arbitrarily small. Decode: its share of the
+    FLOPs; a stage's weights once for every group in flight, which come at different
+    times; the cache once, at its mean length.
 
     Sent: the residual stream, around every attention and feed-forward block over the
     tensor axis (all-reduce, 2 (t - 1) / t), and once a hop over the stage axis.
