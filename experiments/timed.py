@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import evaluate
 from experiments.evaluate import Ask
@@ -23,7 +24,7 @@ from experiments.report.frontier import partition_order
 from experiments.report.measurement import Measurement
 from experiments.report.record import Point, Record, rates
 from jaxllm.model import Params
-from sharding import choices, guard, kernels, limits, timing
+from sharding import choices, guard, kernels, limits, pace, timing
 from sharding.layout import Layout
 from sharding.mesh import make_mesh
 from sharding.program import CompiledProgram, Program
@@ -122,6 +123,7 @@ def measure(point: Point, how: How) -> Record:
         available_bytes=timing.allocated_bytes(target.devices, "bytes_limit")
         or int(target.chip.per_device().hbm_bytes)
     )
+    target, placed = _placed(target, prefill)
     layout = decode.layout
     weights = layout.device_bytes(layout.named_params())
     kv = layout.device_bytes(layout.named_state().cache)
@@ -137,7 +139,7 @@ def measure(point: Point, how: How) -> Record:
             # Not tried: if one device runs out, others may wait for it for ever.
             reason = f"So says the compiler: {holds}, the rest is temporary."
             return record(status="does not fit", reason=reason, **memory)
-        answer = _timed(point, how, target, (prefill, decode), compiled)
+        answer = _timed(point, how, target, placed, (prefill, decode), compiled)
     except jax.errors.JaxRuntimeError as error:
         if not _OUT_OF_MEMORY.search(str(error)):
             raise
@@ -151,6 +153,7 @@ def _timed(
     point: Point,
     how: How,
     target: Target,
+    placed: tuple[str, ...],
     programs: tuple[Program, Program],
     compiled: tuple[CompiledProgram, CompiledProgram],
 ) -> dict[str, Any]:
@@ -196,6 +199,7 @@ def _timed(
         engine="jaxllm",
         devices=tuple(device.device_kind for device in target.devices),
         driver=point.context.get("driver"),
+        devices_placed=placed or None,
         held_bytes=held,
         peak_bytes=peak,
         peak_reason=peak_reason,
@@ -204,6 +208,30 @@ def _timed(
         warnings=warnings,
     )
     return dict(**answer, measurement=measurement)
+
+
+def _placed(target: Target, prefill: Program) -> tuple[Target, tuple[str, ...]]:
+    """Returns `target` with its slowest devices where there is least to do.
+
+    That is the last stage, of pipelines with a short last layer; and where each is.
+    """
+    partition = prefill.partition
+    is_even = partition.stage == 1 or prefill.last_layer == "all"
+    if is_even or target.platform == "cpu":  # whose devices are one
+        return target, ()
+    found = _paces(target.devices)
+    target = pace.slowest_last(target, partition, found)
+    grid = target.mesh_devices(partition.shape)
+    return target, tuple(
+        f"stage {at[1]}: device {device.id}, pace {found[device]:.3f}"
+        for at, device in np.ndenumerate(grid)
+    )
+
+
+@functools.cache
+def _paces(devices: tuple[jax.Device, ...]) -> dict[jax.Device, float]:
+    """Returns the paces of `devices`, measured once in a process."""
+    return dict(zip(devices, pace.paces(devices), strict=True))
 
 
 def _look(target: Target, how: How) -> tuple[tuple[str, ...], list[str]]:
@@ -223,7 +251,7 @@ def _params(point: Point, layout: Layout, target: Target) -> Params:
     """Returns random parameters of a point's partition, made once."""
     key = (
         point.model, point.target, point.partition, point.rules, point.dtype,
-        point.weights, layout.layers,
+        point.weights, layout.layers, target.devices,
     )  # fmt: skip
     if key not in _held:
         _held.clear()  # first, or both would be in memory at once

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.attention import (
     PromptAttention,
@@ -291,22 +291,31 @@ def prefill(
         cache_at=CacheLayer(kv=KV(x, x), row=row),
         steps=steps,
         turn=turn,
-        last=_last_layer(tokens, lengths, place, fill) if only_last else None,
+        last=last_layer(tokens, lengths, place, fill=fill) if only_last else None,
     )
     last = x[:, 0] if only_last else last_position(x, lengths)
     return cache, ends.logits(place(last, ("batch", "embed")), place)
 
 
-def _last_layer(
-    tokens: Array, lengths: Array | None, place: Place, fill: bool
+def last_layer(
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
+    place: Place,
+    *,
+    fill: bool,
+    when: Bool[Array, ""] | None = None,
 ) -> LastLayer:
-    """Returns the last block of a prompt of which the last position is asked for."""
+    """Returns the last block of prompts of which the last position is asked for.
+
+    Arguments are those of `prefill` and, `when`, of `LastLayer`.
+    """
     batch, count = tokens.shape
     where = jnp.full((batch,), count) if lengths is None else lengths
     attention = functools.partial(last_attention, positions=where - 1)
     return LastLayer(
         attend=prompt_attend(place, attention, fill=fill),
         pick=lambda x: last_position(x, lengths)[:, None],
+        when=when,
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxllm.cache import KV, CacheLayer
 from jaxllm.config import ModelConfig
@@ -59,10 +59,13 @@ class LastLayer(NamedTuple):
     Attributes:
       attend: what attention does there; its heads are of these positions alone.
       pick: takes these positions of the residual stream.
+      when: whether the last block of this stage is the last one; then its result
+        stands at every position, for shapes must not depend on it. None: it is.
     """
 
     attend: Attend
     pick: Callable[[Array], Array]
+    when: Bool[Array, ""] | None = None
 
 
 class Block(nnx.Module):
@@ -425,13 +428,21 @@ def run_blocks(
         if turn is not None:
             x, layer = block.in_turns(x, angles, layer, attend, place, turn)
             return x, layer.kv, None
-        how, kernels, pick = attend, steps, None
-        if last is not None and is_last:
-            how, kernels, pick = last.attend, None, last.pick
-        x, layer, normed = block(
-            x, angles, layer, how, place, kernels, pick=pick, **norms
-        )
-        return x, layer.kv, normed
+
+        def whole() -> tuple[Array, KV, Array | None]:
+            done, new, normed = block(x, angles, layer, attend, place, steps, **norms)
+            return done, new.kv, normed
+
+        if last is None or not is_last:
+            return whole()
+        how, pick, when = last
+
+        def short() -> tuple[Array, KV, Array | None]:
+            few, new, normed = block(x, angles, layer, how, place, pick=pick, **norms)
+            few = few if when is None else jnp.broadcast_to(few, x.shape)
+            return few, new.kv, normed
+
+        return short() if when is None else lax.cond(when, short, whole)
 
     stream: Any = x if turn is None else tuple(jnp.split(x, 2))
     stream, caches = _run_layers(

@@ -33,6 +33,7 @@ class When:
       tokens_above: prompt tokens of a micro-batch.
       groups_above: groups in flight through the stages.
       layers_above: of the model.
+      stages_up_to: of the pipeline.
       tensor_above, tensor_up_to: devices that share a layer.
       rows_up_to: sequences of which a device decodes a token at once.
       dtypes: of activations.
@@ -45,6 +46,7 @@ class When:
     tokens_above: int = 0
     groups_above: int = 0
     layers_above: int = 0
+    stages_up_to: int | None = None
     tensor_above: int = 0
     tensor_up_to: int | None = None
     rows_up_to: int | None = None
@@ -60,6 +62,10 @@ class When:
             and rows * program.workload.input_len > self.tokens_above
             and program.layout.groups > self.groups_above
             and program.config.num_layers > self.layers_above
+            and (
+                self.stages_up_to is None
+                or program.partition.stage <= self.stages_up_to
+            )
             and program.partition.tensor > self.tensor_above
             and (
                 self.tensor_up_to is None
@@ -164,9 +170,13 @@ PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
 )
 
 # The head reads the last position of a prompt, so that is all that is needed of what
-# the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products.
+# the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products. In a
+# pipeline only the last stage gains, if it is the slowest (`sharding.pace`): not timed.
 LAST_LAYER: tuple[tuple[When, LastLayer], ...] = (
-    (When(platforms=("cuda",), attached=True, phase="prefill"), "last"),
+    (
+        When(platforms=("cuda",), attached=True, phase="prefill", stages_up_to=1),
+        "last",
+    ),
     (When(), "all"),
 )
 

@@ -70,8 +70,9 @@ def closed_form_flops(program: Program) -> int:
     attention = 4 * n * h * scores * rows // (split * attention_ways)
     layers = layout.layers_per_stage * program.num_ticks
     unread = 0
-    if program.last_layer == "last":
-        # Of T positions T - 1, in the last layer, of each micro-batch.
+    if program.last_layer == "last" and stages == 1:
+        # Of T positions T - 1, in the last layer, of each micro-batch. Of several
+        # stages only the last one has that layer; the others set the pace.
         length = workload.input_len
         out = 2 * tokens * d * h * n // (heads * embed)
         unread = (out + mlp) * (length - 1) // length

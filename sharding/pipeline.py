@@ -37,12 +37,21 @@ from jaxllm.config import ModelConfig
 from jaxllm.decode import (
     Lookup,
     TokenAttention,
+    last_layer,
     last_position,
     prompt_attend,
     token_attend,
 )
 from jaxllm.layers import Place, angles_at
-from jaxllm.model import Params, Steps, Tree, Turn, bind_ends, run_blocks
+from jaxllm.model import (
+    LastLayer,
+    Params,
+    Steps,
+    Tree,
+    Turn,
+    bind_ends,
+    run_blocks,
+)
 from sharding.layout import State, Ticks, local_blocks
 
 _AXIS = "stage"
@@ -64,6 +73,8 @@ class Pipeline:
       steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs halves of a micro-batch in turns; see `jaxllm.model.run_blocks`.
       fill: write behind prompts too; see `jaxllm.decode.prompt_attend`.
+      only_last: of the last stage's last layer, compute what `jaxllm.decode.prefill`
+        computes with `only_last`; the other stages compute all of theirs.
       lookup: embeds tokens, of which this stage holds a part of the table.
       sample: picks tokens from this stage's part of the logits, the sequences' seeds
         and the positions where the tokens will stand.
@@ -84,6 +95,7 @@ class Pipeline:
     steps: Steps | None
     turn: Turn | None
     fill: bool
+    only_last: bool
     lookup: Lookup
     sample: Callable[[jax.Array, Any, jax.Array], jax.Array]
     with_logits: bool
@@ -111,15 +123,17 @@ class Pipeline:
 
         def tick(carry: tuple[jax.Array, Tree], t: jax.Array):
             x, cache = carry
-            fed = self._embed(params.ends, items[_clip(t, self.micro_batches)])
+            tokens = items[_clip(t, self.micro_batches)]
+            fed = self._embed(params.ends, tokens)
             x = jnp.where(stage == 0, fed, x)
             item = t - stage
             busy = (item >= 0) & (item < self.micro_batches)
-            row = _clip(item, self.micro_batches) // self.groups * size
-            x, cache = self._read(blocks, cache, x, angles, t, row, ~busy)
-            out = _clip(t - (self.stages - 1), self.micro_batches)
-            last = last_position(x, None if item_lengths is None else item_lengths[out])
-            return (self._pass_on(x), cache), last
+            item = _clip(item, self.micro_batches)
+            filled = None if item_lengths is None else item_lengths[item]
+            short = self._short_layer(tokens, filled)
+            row = item // self.groups * size
+            x, cache = self._read(blocks, cache, x, angles, t, row, ~busy, short)
+            return (self._pass_on(x), cache), last_position(x, filled)
 
         ticks = self.micro_batches + self.stages - 1
         empty = jnp.zeros((size, seq_len, self.config.embed_dim), _dtype(params))
@@ -139,6 +153,15 @@ class Pipeline:
         )
         return state, self._all_logits(logits)
 
+    def _short_layer(
+        self, tokens: jax.Array, lengths: jax.Array | None
+    ) -> LastLayer | None:
+        """Returns what the last stage's last layer does of a micro-batch [b, T]."""
+        if not self.only_last:
+            return None
+        is_last = lax.axis_index(_AXIS) == self.stages - 1
+        return last_layer(tokens, lengths, self.place, fill=self.fill, when=is_last)
+
     def _read(
         self,
         blocks: Tree,
@@ -148,6 +171,7 @@ class Pipeline:
         t: jax.Array,
         row: jax.Array,
         keep: jax.Array,
+        last: LastLayer | None,
     ) -> tuple[jax.Array, Tree]:
         """Runs a micro-batch [b, T, D] through this stage's layers at tick t.
 
@@ -155,7 +179,7 @@ class Pipeline:
         """
         attend = prompt_attend(self.place, self.attention, fill=self.fill)
         run = functools.partial(
-            run_blocks, self.config, blocks, steps=self.steps, turn=self.turn
+            run_blocks, self.config, blocks, steps=self.steps, turn=self.turn, last=last
         )
         if self.ticks == "scanned":
             at = CacheLayer(kv=KV(x, x), index=(t % self.groups,), row=row, keep=keep)

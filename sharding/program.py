@@ -322,8 +322,8 @@ class Program:
             f"phase {self.phase}: a decoded token is the last position": (
                 self.phase == "prefill"
             ),
-            f"{partition.stage} stages: all of them run the same layers": (
-                partition.stage == 1
+            f"ticks {self.ticks!r}: the cache would pass through a choice of layers": (
+                partition.stage == 1 or self.ticks == "unrolled"
             ),
             f"layers {self.layers!r}: a loop runs them all alike": (
                 self.layers == "unrolled"
@@ -663,6 +663,7 @@ class Program:
             steps=self._steps(mesh),
             turn=self._turn(platform),
             fill=self._splits_positions,
+            only_last=self.last_layer == "last",
             lookup=lookup,
             sample=sample,
             with_logits=self.with_logits,

@@ -192,7 +192,9 @@ def test_a_prompt_in_halves_has_its_own_sums() -> None:
         ("tp2", True, {"last_layer": "all"}, "all"),
         ("tp2", True, {"overlap": "rows"}, "all"),
         ("pp2", True, {}, "all"),
+        ("pp2", True, {"last_layer": "last"}, "last"),
         ("tp2", False, {}, "all"),
+        ("pp2", False, {}, "all"),
     ],
 )
 def test_the_last_layer_is_short_where_nothing_reads_the_rest(
@@ -211,7 +213,7 @@ def test_the_last_layer_is_short_where_nothing_reads_the_rest(
         ("tp2", {"phase": "decode"}, "phase decode"),
         ("tp2", {"layers": "scanned"}, "layers 'scanned'"),
         ("tp2", {"overlap": "rows"}, "overlap 'rows'"),
-        ("pp2", {}, "2 stages"),
+        ("pp2", {}, "ticks 'scanned'"),
         ("tp2", {"partition": Partition.parse("tp2", "sequence")}, "rules 'seq"),
     ],
 )

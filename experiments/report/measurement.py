@@ -34,6 +34,8 @@ class Measurement:
       peak_reason: why `peak_bytes` is null; null if it is not.
       devices_before: what the devices did before the point.
       devices_busy: likewise, during a run that is not counted.
+      devices_placed: which device a pipeline's stages ran on, and its pace beside the
+        fastest one's; null where it makes no difference.
       settings: variables that change how programs run.
       warnings: why these times may not be trusted.
     """
@@ -57,6 +59,9 @@ class Measurement:
     devices_busy: tuple[str, ...]
     settings: Mapping[str, str]
     warnings: tuple[str, ...]
+    devices_placed: tuple[str, ...] | None = dataclasses.field(
+        default=None, metadata={"added": True}
+    )
 
     @classmethod
     def of(
