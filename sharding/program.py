@@ -149,7 +149,8 @@ class Program:
       prompt_residual: how a prompt's are; see there.
       overlap: what of a prompt runs while devices sum; see `sharding.overlap`.
       last_layer: of which of a prompt's positions the last layer computes more than
-        keys and values: "all", or the "last" one, which is all that the head reads.
+        keys and values: "all", or the "last" one, which is all that the head reads;
+        of a pipeline the last stage alone.
       compiler_options: of XLA, beside those of the target.
       micro_batches: of prefill; None chooses (see `prefill_micro_batches`).
       ragged: prompts of different lengths, each with its own position.
