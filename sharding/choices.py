@@ -133,7 +133,7 @@ TOKEN_ATTENTION: tuple[tuple[When, Token], ...] = (
     (When(), "einsum"),
 )
 
-# Where the kernel that sums has run.
+# Where a prompt's sums are one kernel's: to more than one peer it sends too much.
 _TWO_SUM = When(
     platforms=("cuda",),
     attached=True,
@@ -143,21 +143,20 @@ _TWO_SUM = When(
 )
 
 # With that attention, on two H100s: tp2 at batch 256 12.8 -> 11.5 ms, tp1 at 1 and 64
-# 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other. It
-# has summed over two devices and never over more.
+# 5.70 -> 5.62 and 9.27 -> 8.79, pp2 at 64 7.60 -> 7.44; tp1 and pp2 at 16 no other.
 RESIDUAL: tuple[tuple[When, Residual], ...] = (
     (
         When(
             platforms=("cuda",),
             attached=True,
             phase="decode",
-            tensor_up_to=2,
+            tensor_up_to=4,
             rows_up_to=MOST_ROWS,
             dtypes=("bfloat16",),
         ),
         "triton_split",
     ),
-    (_TWO_SUM, "triton"),
+    (dataclasses.replace(_TWO_SUM, tensor_up_to=4), "triton"),
     (When(), "plain"),
 )
 
@@ -171,12 +170,11 @@ PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
 
 # The head reads the last position of a prompt, so that is all that is needed of what
 # the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products. In a
-# pipeline only the last stage gains, if it is the slowest (`sharding.pace`): not timed.
+# pipeline only the last stage gains, if it is the slowest (`sharding.pace`).
+_PROMPT = When(platforms=("cuda",), attached=True, phase="prefill")
 LAST_LAYER: tuple[tuple[When, LastLayer], ...] = (
-    (
-        When(platforms=("cuda",), attached=True, phase="prefill", stages_up_to=1),
-        "last",
-    ),
+    (dataclasses.replace(_PROMPT, stages_up_to=1), "last"),
+    (dataclasses.replace(_PROMPT, tensor_up_to=1), "last"),
     (When(), "all"),
 )
 

@@ -228,6 +228,30 @@ def test_other_conditions_are_another_file(
         calibrate()
 
 
+def test_more_devices_of_the_same_kind_continue_a_file(
+    calibrate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate()
+    four = dataclasses.replace(
+        fakes.CALIBRATED, devices=2 * fakes.CALIBRATED.devices, time="later"
+    )
+    points = plan(H100, 4, "full")
+    new = {point.key for point in points} - {point.key for point in FULL}
+    assert all("devices=4" in key for key in new)
+    monkeypatch.setattr(bench, "read", lambda ask: (four, points))
+    outcome = calibrate()
+    assert (outcome.done, outcome.left) == (len(points), 0)
+    found = load_calibrated(outcome.path).calibrated
+    assert found is not None
+    assert [len(header.devices) for header in found.headers] == [2, 4]
+    assert len(found.samples) == len(FULL) + len(new)
+    assert str(found).startswith("measured on 2 and 4 x NVIDIA H100 80GB HBM3, ")
+    calibrate()  # there is nothing to do, nor to say
+    again = load_calibrated(outcome.path).calibrated
+    assert again is not None
+    assert again.digest == found.digest
+
+
 def test_runs_wait_once_and_keep_every_sample() -> None:
     device = Device(call_s=1e-3)
     runs = bench.time_calls(device.call, device.wait, clock=device.clock, samples=4)
@@ -270,6 +294,8 @@ def test_groups_are_powers_of_two_of_the_devices() -> None:
         for n in (1, 2, 6, 8)
     }
     assert groups == {1: set(), 2: {2}, 6: {2}, 8: {2, 4, 8}}
+    asked = [p.at["group"] for p in plan(H100, 8, "full") if p.name == "apart"]
+    assert asked == sorted(asked, reverse=True)
 
 
 def _one_of_each() -> list[Point]:

@@ -99,7 +99,7 @@ SAMPLES = (
 
 
 def _calibrated(*samples: Sample) -> Chip:
-    found = Calibration(header=fakes.CALIBRATED, samples=samples, digest="0")
+    found = Calibration(headers=(fakes.CALIBRATED,), samples=samples, digest="0")
     return dataclasses.replace(H100, calibrated=found)
 
 

@@ -472,7 +472,7 @@ def test_what_was_measured_is_what_a_step_costs() -> None:
         chip="h100", devices=("NVIDIA H100 80GB HBM3",), driver=None,
         versions={"jax": "0.11.2"}, flags={}, command="", commit="", time="2026-11-24",
     )  # fmt: skip
-    calibration = Calibration(header=header, samples=samples, digest="0")
+    calibration = Calibration(headers=(header,), samples=samples, digest="0")
     chip = dataclasses.replace(CHIPS["h100"].published(), calibrated=calibration)
     product = dataclasses.replace(
         _kernel(0),

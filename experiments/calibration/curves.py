@@ -269,7 +269,7 @@ def page(chip: Chip) -> str:
     made_by: Sequence[tuple[str, str]] = (
         ("command", header.command),
         ("commit", header.commit),
-        ("devices", ", ".join(header.devices)),
+        ("devices", str(calibration)),
         ("driver", header.driver or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in header.versions.items())),
         ("begun (UTC)", header.time),

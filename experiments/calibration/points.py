@@ -7,6 +7,7 @@ for CPUs are small.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -198,31 +199,33 @@ def wire(kind: str, group: int, payload: int) -> int:
     return (2 if kind == "all-reduce" else 1) * payload * (group - 1) // group
 
 
+KINDS = ("all-reduce", "permute", "all-gather", "reduce-scatter")
+
+
 def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
-    """Yields all-reduces first, then the rest; powers of two of the devices.
+    """Yields groups of all devices first, then of half of them; all-reduces first.
 
     XLA:GPU reduces up to 256 KB with one kernel of its own, up to 2 MB with another,
     and leaves the rest to NCCL: each is measured at its ends. So is the kernel that
     decode programs of this project may reduce with.
     """
-    groups = [g for g in (2, 4, 8, 16) if num_devices % g == 0]
+    groups = [g for g in (16, 8, 4, 2) if num_devices % g == 0]
     all_reduce = {"full": (13, 16, 18, 19, 21, 22, 25, 28), "small": (12, 16, 20)}
     others = {"full": (13, 16, 19, 22, 25, 28), "small": (12, 16, 20)}
-    for kind in ("all-reduce", "permute", "all-gather", "reduce-scatter"):
+    for group, kind in itertools.product(groups, KINDS):
         powers = (all_reduce if kind == "all-reduce" else others).get(size, (10, 12))
-        for group in groups:
-            for power in powers:
-                yield _collective(chip, "collective", kind, group, power, num_devices)
-            for power in powers[:5] if kind == "all-reduce" else powers[:1]:
-                yield _collective(chip, "apart", kind, group, power, num_devices)
-            if kind == "all-reduce" and chip.vendor == "NVIDIA":
-                # To more than one peer it sends too much of more.
-                own = (13, 16, 18, 19, 20, 21, *((23, 25, 27) if group == 2 else ()))
-                for by, powers in (("triton", own), ("nccl", (13, 16, 18, 19, 21))):
-                    for power in powers:
-                        yield _collective(
-                            chip, "collective", kind, group, power, num_devices, by=by
-                        )
+        for power in powers:
+            yield _collective(chip, "collective", kind, group, power, num_devices)
+        for power in powers[:5] if kind == "all-reduce" else powers[:1]:
+            yield _collective(chip, "apart", kind, group, power, num_devices)
+        if kind == "all-reduce" and chip.vendor == "NVIDIA":
+            # To more than one peer it sends too much of more.
+            own = (13, 16, 18, 19, 20, 21, *((23, 25, 27) if group == 2 else ()))
+            for by, powers in (("triton", own), ("nccl", (13, 16, 18, 19, 21))):
+                for power in powers:
+                    yield _collective(
+                        chip, "collective", kind, group, power, num_devices, by=by
+                    )
 
 
 def _collective(

@@ -23,6 +23,7 @@ from sharding.chips.calibration import (
     Header,
     Sample,
     header_line,
+    is_header,
     parse_header,
     parse_sample,
     sample_line,
@@ -65,14 +66,15 @@ class Samples:
         except (ValueError, KeyError, TypeError):
             self._lines.close()
             raise
-        if not self._lines.texts:
-            self._lines.append(header_line(header))
 
     def _read(self, path: pathlib.Path, header: Header) -> dict[str, Sample]:
+        """Returns the samples of the file, whose last header is now `header`."""
         if not self._lines.texts:
+            self._lines.append(header_line(header))
             return {}
         first, *rest = map(json.loads, self._lines.texts)
-        before, now = parse_header(first).conditions, header.conditions
+        headers = [parse_header(f) for f in (first, *filter(is_header, rest))]
+        before, now = headers[0].conditions, header.conditions
         other = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
         if other:
             raise ValueError(
@@ -80,7 +82,9 @@ class Samples:
                 " are made under the same conditions. Choose another --out, or remove"
                 " the file."
             )
-        samples = map(parse_sample, rest)
+        samples = [parse_sample(f) for f in rest if not is_header(f)]
+        if headers[-1].devices != header.devices:
+            self._lines.append(header_line(header))
         return {sample.key: sample for sample in samples}
 
     def lacks(self, point: Point) -> bool:

@@ -1,10 +1,11 @@
 """What was measured on a chip: every sample of every micro-benchmark, in one file.
 
-A file of JSON lines, which `experiments.calibrate` writes. The first line says on what
-devices and with which versions; each other line is one `Sample`: a chain of equal
-links inside one compiled program, called again and again. Lines are only appended, so
-a run that was killed has a file that is read as it is and that the same command
-continues. `h100.jsonl` beside `h100.toml` is what makes `CHIPS["h100"]` a calibrated
+A file of JSON lines, which `experiments.calibrate` writes. The first line, a `Header`,
+says on what devices and with which versions; each other line is one `Sample`: a chain
+of equal links inside one compiled program, called again and again. Lines are only
+appended, so a run that was killed has a file that is read as it is and that the same
+command continues; where it continues on more devices of the same kind, their header
+stands before their samples. `h100.jsonl` beside `h100.toml` is what makes `CHIPS["h100"]` a calibrated
 chip; `--chip=FILE.jsonl` is the chip that FILE names, with FILE's measurements.
 
 Which benchmarks there are, what one link of each is, and what `at` says of it:
@@ -116,8 +117,11 @@ class Header:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must be equal for two runs to be continued by each other."""
-        fields = dataclasses.asdict(self)
+        """What must be equal for two runs to be continued by each other.
+
+        Of the devices their kinds: how many took part is said with each sample.
+        """
+        fields = {**dataclasses.asdict(self), "devices": sorted(set(self.devices))}
         return {k: v for k, v in fields.items() if k not in _OF_A_RUN}
 
 
@@ -129,12 +133,12 @@ class Calibration:
     """All samples of one file; equal only to itself.
 
     Attributes:
-      header: where and with what they were made.
+      headers: where and with what they were made, one for each number of devices.
       samples: the newest of each benchmark, failed ones included.
       digest: of the file; what is priced with other samples is another price.
     """
 
-    header: Header
+    headers: tuple[Header, ...]
     samples: tuple[Sample, ...]
     digest: str
 
@@ -142,12 +146,21 @@ class Calibration:
         return f"Calibration({self.header.chip}, {self}, {self.digest})"
 
     def __str__(self) -> str:
-        header = self.header
-        kinds = dict.fromkeys(header.devices)
-        what = " and ".join(f"{header.devices.count(k)} x {k}" for k in kinds)
+        kinds = dict.fromkeys(kind for h in self.headers for kind in h.devices)
+        what = " and ".join(f"{self._count(kind)} x {kind}" for kind in kinds)
         links = "" if self.select("collective") else ", links as published"
-        jax = header.versions.get("jax", "?")
+        jax = self.versions.get("jax", "?")
         return f"measured on {what}, {self.date}, jax {jax}{links}"
+
+    def _count(self, kind: str) -> str:
+        """Returns how many devices of a kind took part, as "2" or "2 and 4"."""
+        counts = {h.devices.count(kind) for h in self.headers} - {0}
+        return " and ".join(map(str, sorted(counts)))
+
+    @property
+    def header(self) -> Header:
+        """The first one."""
+        return self.headers[0]
 
     @property
     def date(self) -> str:
@@ -217,17 +230,20 @@ def read_calibration(path: pathlib.Path | str) -> Calibration:
     *lines, _ = data.split(b"\n")
     if not lines:
         raise ValueError(_unreadable(path, 1, "it is empty"))
-    found: list[Any] = []
+    headers: list[Header] = []
+    newest: dict[str, Sample] = {}
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            found.append(parse_sample(fields) if found else parse_header(fields))
+            if not headers or is_header(fields):
+                headers.append(parse_header(fields))
+            else:
+                sample = parse_sample(fields)
+                newest[sample.key] = sample
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(_unreadable(path, number, str(error))) from error
-    header, *samples = found
-    newest = {sample.key: sample for sample in samples}
     return Calibration(
-        header=header,
+        headers=tuple(headers),
         samples=tuple(newest.values()),
         digest=hashlib.sha256(data).hexdigest()[:16],
     )
@@ -241,8 +257,13 @@ def _unreadable(path: pathlib.Path, number: int, why: str) -> str:
     )
 
 
+def is_header(fields: dict[str, Any]) -> bool:
+    """Returns whether a line is a header, not a sample."""
+    return "schema" in fields
+
+
 def parse_header(fields: dict[str, Any]) -> Header:
-    """Returns the header in the first line of a file.
+    """Returns the header in a line of a file.
 
     Raises:
       ValueError: it is of another schema.
