@@ -19,6 +19,7 @@ from experiments.report.record import Point, Record, decode
 from sharding.program import CompiledProgram, Memory
 
 FOLDER = "programs"
+_PRESET = 3  # of lzma: as small as 6, and ten times as fast
 
 
 def path(folder: Path, point: Point | Record, phase: str) -> Path:
@@ -44,7 +45,7 @@ def write(file: Path, compiled: CompiledProgram, made: Mapping[str, Any]) -> Non
     figures["memory"] = dataclasses.asdict(compiled.memory)
     head = json.dumps({"made": dict(made), "compiled": figures})
     text = f"{head}\n{compiled.text}"
-    files.replace(file, lzma.compress(text.encode()))
+    files.replace(file, lzma.compress(text.encode(), preset=_PRESET))
 
 
 def read(file: Path) -> tuple[CompiledProgram, dict[str, Any]]:
