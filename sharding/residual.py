@@ -30,7 +30,7 @@ PromptResidual = Literal["plain", "triton"]
 # What one device may send at once to more than one peer. Every peer gets all of it, in
 # one step: for few bytes that is faster than a ring, whose every step waits for the one
 # before. To one peer a ring sends as much.
-MOST_BYTES = 8 * 2**20
+MOST_BYTES = 4 * 2**20
 MOST_MAILBOX_BYTES = 2**31 - 1
 
 

@@ -161,9 +161,7 @@ def test_the_kernel_of_a_token_is_where_it_was_timed_and_can_be(
         ("tp1", 128, True, "bfloat16", "plain"),  # there is nothing to sum
         ("tp2", 128, True, "bfloat16", "triton"),
         ("tp2", 1024, True, "bfloat16", "triton"),
-        ("tp4", 64, True, "bfloat16", "triton_split"),
-        ("tp4", 1024, True, "bfloat16", "plain"),  # too much to send to three
-        ("tp8", 64, True, "bfloat16", "plain"),  # not timed
+        ("tp4", 64, True, "bfloat16", "plain"),  # not timed
         ("tp2", 64, False, "bfloat16", "plain"),
         ("tp2", 64, True, "float32", "plain"),
     ],

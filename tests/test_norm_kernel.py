@@ -101,7 +101,7 @@ def test_programs_that_it_does_not_suit() -> None:
     with pytest.raises(ValueError, match="no residual 'other'"):
         _decode(residual="other")
     many = Workload(batch_size=4096, input_len=1000, output_len=128)
-    with pytest.raises(ValueError, match="above 8,388,608"):
+    with pytest.raises(ValueError, match="above 4,194,304"):
         _decode("tp4", workload=many)
     assert _decode("tp2", workload=many)  # a ring sends as much to one peer
     with pytest.raises(ValueError, match="prompt_residual 'triton' in decode"):
