@@ -237,7 +237,8 @@ def collective_gap_s(chip: Chip) -> float:
 
     How much longer collectives take for several kernels between each two than for one,
     less these kernels: XLA:GPU starts several as one graph, which a collective ends.
-    Zero where nothing was measured: the published latency has it.
+    Negative where kernels hide what starting a collective costs the host. Zero where
+    nothing was measured: the published latency has it.
     """
     return 0.0 if chip.calibrated is None else curves.collective_gap_s(chip.calibrated)
 
