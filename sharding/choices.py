@@ -171,8 +171,7 @@ PROMPT_RESIDUAL: tuple[tuple[When, PromptResidual], ...] = (
 
 # The head reads the last position of a prompt, so that is all that is needed of what
 # the last layer makes of keys and values: 2.8 % of Llama-3.1-8B's products. In a
-# pipeline only the last stage gains, if it is the slowest (`sharding.pace`): on two
-# H200s 1 % apart pp2 at 64 takes 819 ms instead of 824. Timed with no other partition.
+# pipeline only the last stage gains, if it is the slowest (`sharding.pace`).
 _PROMPT = When(platforms=("cuda",), attached=True, phase="prefill")
 LAST_LAYER: tuple[tuple[When, LastLayer], ...] = (
     (dataclasses.replace(_PROMPT, stages_up_to=1), "last"),
