@@ -155,6 +155,17 @@ class TestErrors:
         assert "h100, measured today" in told[0]
         assert summary.drifts([_figure(measured_s=0.02)], [_figure()])
 
+    def test_each_measurement_of_a_point_counts(self) -> None:
+        twice = [
+            _figure(measured_s=s, source=f"run, 2026-11-{day}")
+            for s, day in ((0.010, 23), (0.016, 24))
+        ]
+        found = summary.summaries(twice)[0]
+        assert (found.points, found.mape) == (2, pytest.approx((0.2 + 0.5) / 2))
+        (band,) = validated.bands(twice).values()
+        assert (band.low, band.high) == pytest.approx((0.25, 1.0))
+        assert summary.drifts(twice, twice) == []
+
 
 class TestOrder:
     """Which partition is faster, and how sure a measurement is of it."""
@@ -337,7 +348,7 @@ class TestRecords:
 
     made_up = fakes.evaluate(fakes.point())
 
-    def test_newest_of_one_point_counts(self, tmp_path: pathlib.Path) -> None:
+    def test_every_measurement_counts(self, tmp_path: pathlib.Path) -> None:
         record = _measured(self.made_up)
         later = dataclasses.replace(
             record,
@@ -346,10 +357,10 @@ class TestRecords:
         )
         _folder(tmp_path / "b", record)
         _folder(tmp_path / "a", later, self.made_up)
-        (one,), notes = load.measured(tmp_path)
-        assert one.record == later
-        assert one.source == "a, 2026-02-02"
-        assert notes == ["1 older measurements of the same points are left out."]
+        found, notes = load.measured(tmp_path)
+        assert [one.record for one in found] == [later, record]
+        assert found[0].source == "a, 2026-02-02"
+        assert notes == []
 
     def test_nothing_to_validate_is_refused(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(ValueError, match=r"no such folder.*experiments\.measure"):

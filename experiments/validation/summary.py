@@ -198,7 +198,7 @@ def _group(summary: Summary) -> tuple[str, ...]:
 
 
 def _key(figure: Figure) -> tuple[Any, ...]:
-    return (figure.metric, *_point_of(figure))
+    return (figure.metric, *_point_of(figure), figure.source)
 
 
 def _point_of(figure: Figure) -> tuple[Any, ...]:
