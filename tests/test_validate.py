@@ -155,6 +155,17 @@ class TestErrors:
         assert "h100, measured today" in told[0]
         assert summary.drifts([_figure(measured_s=0.02)], [_figure()])
 
+    def test_each_measurement_of_a_point_counts(self) -> None:
+        twice = [
+            _figure(measured_s=s, source=f"run, 2026-11-{day}")
+            for s, day in ((0.010, 23), (0.016, 24))
+        ]
+        found = summary.summaries(twice)[0]
+        assert (found.points, found.mape) == (2, pytest.approx((0.2 + 0.5) / 2))
+        (band,) = validated.bands(twice).values()
+        assert (band.low, band.high) == pytest.approx((0.25, 1.0))
+        assert summary.drifts(twice, twice) == []
+
 
 class TestOrder:
     """Which partition is faster, and how sure a measurement is of it."""
@@ -202,6 +213,61 @@ class TestOrder:
         assert found == {
             "ttft": "tp8 < tp4", "tpot": "tp8 < tp4", "tokens/s/chip": "tp4 > tp8",
         }  # fmt: skip
+
+    def _run(self, name: str, time: str, *partitions: str, **also: Any) -> list[Figure]:
+        """Returns a run whose partitions are named fastest first."""
+        predicted_s = {"tp8": 1, "tp1": 2, "tp2": 3, "pp8": 4}
+        return [
+            _figure(
+                partition=p,
+                measured_s=s,
+                predicted_s=predicted_s[p],
+                source=f"{name}, {time}",
+                **also,
+            )
+            for s, p in enumerate(partitions, start=1)
+        ]
+
+    def test_a_newer_run_of_the_same_partitions_supersedes(self) -> None:
+        """However its programs are written, and wherever it stands."""
+        written = {"kernels": "triton", "spread": 0.5}
+        older = self._run("b", "2026-11-23", "pp8", "tp8")
+        newer = self._run("a", "2026-11-24", "tp8", "tp1", "pp8", **written)
+        for figures in (older + newer, newer + older):
+            found = summary.rankings(figures)
+            assert [(r.run, r.superseded) for r in found] == [("a", False), ("b", True)]
+            assert summary.agreement(found) == (
+                "1 of 1 orders agree, 2 of 2 pairs that can be told apart (1 more"
+                " within the measured spread); with older runs 1 of 2 orders, 2 of 3"
+                " pairs"
+            )
+            headings, rows = found_tables.orders(found)
+            assert headings[1] == "run"
+            assert [row[1] for row in rows] == ["a", "b (older run)"]
+
+    @pytest.mark.parametrize(
+        ("partitions", "also"),
+        [
+            (("tp8",), {}),
+            (("tp8", "pp8"), {}),
+            (("tp8", "pp8", "tp2"), {}),
+            (("tp8", "pp8", "tp1"), {"batch_size": 64}),
+            (("tp8", "pp8", "tp1"), {"input_len": 4096}),
+            (("tp8", "pp8", "tp1"), {"rules": "sequence"}),
+            (("tp8", "pp8", "tp1"), {"metric": "ttft"}),
+            (("tp8", "pp8", "tp1"), {"choices": "residual=plain"}),
+            (("tp8", "pp8", "tp1"), {"rates": "measured today"}),
+        ],
+    )
+    def test_a_newer_run_of_fewer_or_others_does_not(
+        self, partitions: tuple[str, ...], also: dict[str, Any]
+    ) -> None:
+        older = self._run("older", "2026-11-23", "tp8", "tp1", "pp8")
+        newer = self._run("newer", "2026-11-24", *partitions, **also)
+        found = summary.rankings(older + newer)
+        assert "older" in [r.run for r in found]
+        assert not any(r.superseded for r in found)
+        assert "older" not in summary.agreement(found)
 
     def test_points_that_differ_in_more_are_not_compared(self) -> None:
         assert (
@@ -337,7 +403,7 @@ class TestRecords:
 
     made_up = fakes.evaluate(fakes.point())
 
-    def test_newest_of_one_point_counts(self, tmp_path: pathlib.Path) -> None:
+    def test_every_measurement_counts(self, tmp_path: pathlib.Path) -> None:
         record = _measured(self.made_up)
         later = dataclasses.replace(
             record,
@@ -346,10 +412,10 @@ class TestRecords:
         )
         _folder(tmp_path / "b", record)
         _folder(tmp_path / "a", later, self.made_up)
-        (one,), notes = load.measured(tmp_path)
-        assert one.record == later
-        assert one.source == "a, 2026-02-02"
-        assert notes == ["1 older measurements of the same points are left out."]
+        found, notes = load.measured(tmp_path)
+        assert [one.record for one in found] == [later, record]
+        assert found[0].source == "a, 2026-02-02"
+        assert notes == []
 
     def test_nothing_to_validate_is_refused(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(ValueError, match=r"no such folder.*experiments\.measure"):

@@ -21,9 +21,7 @@ def find(root: Path) -> list[Measured]:
     """
     folders = sorted(path.parent for path in root.glob(f"*/{FILE_NAME}"))
     return [
-        one
-        for folder in folders
-        for one in load.latest(load.timed(folder, read_records(folder)[0]))
+        one for folder in folders for one in load.timed(folder, read_records(folder)[0])
     ]
 
 

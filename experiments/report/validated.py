@@ -88,6 +88,11 @@ class Figure:
         return self.source.rpartition(", ")[0]
 
     @property
+    def time(self) -> str:
+        """When the record was made."""
+        return self.source.rpartition(", ")[2]
+
+    @property
     def label(self) -> str:
         """The partition, with its rules, choices and kernels if these are not usual."""
         own = {self.rules, self.choices.replace(",", ", ")} - {MEGATRON.name, ""}

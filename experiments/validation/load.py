@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.report import store, validated
+from experiments.report import store
 from experiments.report.record import Record
 from experiments.validation.predict import Measured
 
 
 def measured(root: Path) -> tuple[list[Measured], list[str]]:
     """Returns the measured records under `root`, and what was left out of them.
-
-    Of one point measured more than once the newest record counts.
 
     Raises:
       ValueError: there is no such folder, no file of records in it or none that was
@@ -39,15 +37,12 @@ def measured(root: Path) -> tuple[list[Measured], list[str]]:
             notes.append(f"The last line of {path} was cut off and is left out.")
         total += len(records)
         found += timed(path.parent, records)
-    newest = latest(found)
-    if not newest:
+    if not found:
         raise ValueError(
             f"cannot validate the records of {root}: 0 of {total} records are"
             f" measured. A prediction is compared with a time that was taken. {rest}"
         )
-    if older := len(found) - len(newest):
-        notes.append(f"{older} older measurements of the same points are left out.")
-    return newest, notes
+    return found, notes
 
 
 def timed(folder: Path, records: Iterable[Record]) -> list[Measured]:
@@ -59,33 +54,3 @@ def timed(folder: Path, records: Iterable[Record]) -> list[Measured]:
         and record.status == "ok"
         and record.measurement.engine == "jaxllm"
     ]
-
-
-def latest(found: Iterable[Measured]) -> list[Measured]:
-    """Returns the newest measurement of each point."""
-    newest = dict[tuple[object, ...], Measured]()
-    for one in found:
-        key = _question(one.record)
-        if key not in newest or _time(newest[key]) <= _time(one):
-            newest[key] = one
-    return list(newest.values())
-
-
-def _question(record: Record) -> tuple[object, ...]:
-    """Returns what was measured: every input but versions and code.
-
-    Of the code only how it wrote the programs.
-    """
-    r = record
-    own = (getattr(r, "weights", None), getattr(r, "kv", None))
-    return (
-        r.model, r.chip, r.num_devices, r.partition, r.rules, r.dtype, *own, r.layers,
-        r.batch_size, r.input_len, r.output_len, r.asked_micro_batches,
-        validated.choices_of(r),
-        *(getattr(r.prefill, how, None) for how in validated.WRITING),
-        *(getattr(r.decode, how, None) for how in validated.WRITING),
-    )  # fmt: skip
-
-
-def _time(one: Measured) -> str:
-    return one.record.provenance.time

@@ -93,10 +93,12 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The order of partitions at one batch.
+    """The order of partitions at one batch, in one run.
 
     Attributes:
       by: one of `RANKED`.
+      run: the folder of its records.
+      superseded: a newer run ordered at least the same partitions.
       what: the rest of the question, e.g. "llama-3.1-8b, batch 16, 1,024 in, 128 out".
       places: in the measured order.
       tied: pairs whose measured difference is within their spread.
@@ -104,6 +106,8 @@ class Ranking:
     """
 
     by: str
+    run: str
+    superseded: bool
     what: str
     chip: str
     rates: str
@@ -143,28 +147,55 @@ class Ranking:
 
 
 def rankings(figures: Sequence[Figure]) -> list[Ranking]:
-    """Returns the orders of partitions, wherever two or more can be compared."""
+    """Returns the orders of partitions, wherever two or more can be compared.
+
+    Of each measure those of the newest run come first.
+    """
+    times = {f.run: f.time for f in sorted(figures, key=lambda f: f.time)}
+    groups = _points(sorted(figures, key=lambda f: times[f.run], reverse=True))
     found = []
     for by in RANKED:
-        for group in _points(figures).values():
-            places = [place for pair in group if (place := _place(by, pair))]
-            if len({place.partition for place in places}) > 1:
-                found.append(_ranking(by, next(iter(group[0].values())), places))
+        newer = list[set[tuple[Any, ...]]]()
+        for group in groups:
+            placed = {
+                point: place
+                for point, pair in group.items()
+                if (place := _place(by, pair))
+            }
+            if len({place.partition for place in placed.values()}) < 2:
+                continue
+            first = next(f for pair in group.values() for f in pair.values())
+            superseded = any(placed.keys() <= points for points in newer)
+            found.append(_ranking(by, first, [*placed.values()], superseded))
+            newer.append({*placed})
     return found
 
 
 def agreement(found: Iterable[Ranking]) -> str:
-    """Returns e.g. "11 of 12 orders agree, 30 of 31 pairs (3 within the spread)"."""
+    """Returns e.g. "11 of 12 orders agree, 30 of 31 pairs that can be told apart".
+
+    Behind it stand the pairs that cannot, and the same of all runs where a newer one
+    superseded some.
+    """
     found = list(found)
+    newest = [ranking for ranking in found if not ranking.superseded]
+    orders, pairs = _right(newest)
+    tied = sum(len(ranking.tied) for ranking in newest)
+    text = f"{orders} orders agree, {pairs} pairs that can be told apart"
+    if tied:
+        text += f" ({tied} more within the measured spread)"
+    if len(newest) < len(found):
+        orders, pairs = _right(found)
+        text += f"; with older runs {orders} orders, {pairs} pairs"
+    return text
+
+
+def _right(found: Sequence[Ranking]) -> tuple[str, str]:
+    """Returns how many orders agree, and how many pairs, e.g. ("2 of 3", "5 of 6")."""
     pairs = sum(ranking.pairs for ranking in found)
-    right = pairs - sum(len(ranking.wrong) for ranking in found)
-    tied = sum(len(ranking.tied) for ranking in found)
-    ties = f" ({tied} more within the measured spread)" if tied else ""
+    wrong = sum(len(ranking.wrong) for ranking in found)
     orders = sum(ranking.agrees for ranking in found)
-    return (
-        f"{orders} of {len(found)} orders agree, {right} of {pairs} pairs that can be"
-        f" told apart{ties}"
-    )
+    return f"{orders} of {len(found)}", f"{pairs - wrong} of {pairs}"
 
 
 def drifts(now: Sequence[Figure], committed: Sequence[Figure]) -> list[str]:
@@ -198,38 +229,34 @@ def _group(summary: Summary) -> tuple[str, ...]:
 
 
 def _key(figure: Figure) -> tuple[Any, ...]:
-    return (figure.metric, *_point_of(figure))
+    return (figure.metric, *_point_of(figure), figure.source)
 
 
 def _point_of(figure: Figure) -> tuple[Any, ...]:
+    """Returns what was asked, in whatever run."""
     f = figure
     return (
         f.model, f.chip, f.rates, f.partition, f.rules, f.dtypes, f.layers,
         f.batch_size, f.input_len, f.output_len, f.asked_micro_batches, f.choices,
-        f.run,
     )  # fmt: skip
 
 
 def _points(
-    figures: Sequence[Figure],
-) -> dict[tuple[Any, ...], list[dict[str, Figure]]]:
+    figures: Iterable[Figure],
+) -> list[dict[tuple[Any, ...], dict[str, Figure]]]:
     """Returns points that differ in their partition alone, each metric -> figure.
 
     Programs that were asked to be written otherwise are another question, and those of
     another run may have had other devices.
     """
-    points: dict[tuple[Any, ...], dict[str, Figure]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Figure]]] = {}
     for f in figures:
-        points.setdefault(_point_of(f), {})[f.metric] = f
-    groups: dict[tuple[Any, ...], list[dict[str, Figure]]] = {}
-    for point in points.values():
-        f = next(iter(point.values()))
         where = (
             f.model, f.chip, f.rates, f.dtypes, f.layers, f.batch_size,
             f.input_len, f.output_len, f.choices, f.run,
         )  # fmt: skip
-        groups.setdefault(where, []).append(point)
-    return groups
+        groups.setdefault(where, {}).setdefault(_point_of(f), {})[f.metric] = f
+    return [*groups.values()]
 
 
 def _place(by: str, point: dict[str, Figure]) -> Place | None:
@@ -261,7 +288,7 @@ def _place(by: str, point: dict[str, Figure]) -> Place | None:
     )
 
 
-def _ranking(by: str, figure: Figure, places: list[Place]) -> Ranking:
+def _ranking(by: str, figure: Figure, places: list[Place], superseded: bool) -> Ranking:
     places = sorted(
         places, key=lambda place: (place.measured, partition_order(place.partition))
     )
@@ -276,6 +303,8 @@ def _ranking(by: str, figure: Figure, places: list[Place]) -> Ranking:
     f = figure
     return Ranking(
         by=by,
+        run=f.run,
+        superseded=superseded,
         what=(
             f"{f.model}, batch {f.batch_size}, {f.input_len:,} in, {f.output_len:,} out"
         ),

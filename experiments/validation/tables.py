@@ -28,6 +28,7 @@ WORDS = (
         "Partitions from best to worst; = where the measured difference is within the"
         " measured spread, and either order is right.",
     ),
+    ("older run", "A newer one ordered at least the same partitions."),
 )
 
 
@@ -83,11 +84,12 @@ def errors(figures: Sequence[Figure]) -> Table:
 
 
 def orders(found: Sequence[Ranking]) -> Table:
-    """Returns one row for each batch and measure, best partition first."""
-    headings = ("by", "batch", "measured order", "predicted order", "agrees")
+    """Returns one row for each measure, run and batch, best partition first."""
+    headings = ("by", "run", "batch", "measured order", "predicted order", "agrees")
     rows = [
         [
             {"tokens/s/chip": r.by}.get(r.by, r.by.upper()),
+            f"{r.run} (older run)" if r.superseded else r.run,
             str(r.batch_size),
             r.measured,
             r.predicted,
