@@ -49,7 +49,7 @@ from sharding.program import Program
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MEASURED = ROOT / "docs/records/2026-11-23-h100x2"
+MEASURED = ROOT / "docs/records/2026-11-24-h100x2-last"
 KEPT = sorted((ROOT / "docs/records").glob("*-paper"))
 
 
@@ -507,6 +507,26 @@ def test_partitions_are_compared_within_a_run() -> None:
     ]
     assert measured.c5(Rows([*others, *few, *others])) == measured.c5(Rows(few)) != []
     assert len({row.key for row in one}) == len(one)
+
+
+def test_of_one_question_the_newest_run_counts(tmp_path: pathlib.Path) -> None:
+    records, _ = read_records(MEASURED)
+    of = {(r.partition, r.batch_size): r for r in records}
+
+    def runs(*times_and_partitions: tuple[str, str, list[str]]) -> set[str]:
+        for name, time, partitions in times_and_partitions:
+            with Store(tmp_path / name) as store:
+                for partition in partitions:
+                    made = of[partition, 64]
+                    provenance = dataclasses.replace(made.provenance, time=time)
+                    store.append(dataclasses.replace(made, provenance=provenance))
+        return {one.folder.name for one in timed.find(tmp_path)}
+
+    old = ("z", "2026-11-24T01:00:00Z", ["tp1", "tp2"])
+    assert runs(old) == {"z"}
+    assert runs(("y", "2026-11-24T02:00:00Z", ["tp1"])) == {"z", "y"}
+    newest = ("a", "2026-11-24T03:00:00Z", ["tp1", "tp2", "pp2"])
+    assert runs(newest) == {"a"}
 
 
 def test_what_was_timed_is_predicted_by_todays_rates() -> None:

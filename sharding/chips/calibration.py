@@ -5,8 +5,9 @@ says on what devices and with which versions; each other line is one `Sample`: a
 of equal links inside one compiled program, called again and again. Lines are only
 appended, so a run that was killed has a file that is read as it is and that the same
 command continues; where it continues on more devices of the same kind, their header
-stands before their samples. `h100.jsonl` beside `h100.toml` is what makes `CHIPS["h100"]` a calibrated
-chip; `--chip=FILE.jsonl` is the chip that FILE names, with FILE's measurements.
+stands before their samples. `h100.jsonl` beside `h100.toml` is what makes
+`CHIPS["h100"]` a calibrated chip; `--chip=FILE.jsonl` is the chip that FILE names, with
+FILE's measurements.
 
 Which benchmarks there are, what one link of each is, and what `at` says of it:
 
