@@ -24,7 +24,7 @@ class Pair:
     """Counts of one program, compiled on its devices and for described ones.
 
     Attributes:
-      what: partition and batch.
+      what: partition, batch and run.
       phase: "prefill" or "decode".
       ran: of the program that was timed.
       described: of the one that no device was needed for.
@@ -75,9 +75,8 @@ def compare(measured: Measured) -> Described:
         notes |= dict.fromkeys(compiler.notes)
         if answer is None or answer.record is None:
             continue
-        pairs.append(
-            Pair(what=str(measured), phase=phase, ran=ran, described=answer.record)
-        )
+        what = f"{measured}; {measured.folder.name}"
+        pairs.append(Pair(what=what, phase=phase, ran=ran, described=answer.record))
     return Described(pairs=tuple(pairs), notes=tuple(notes))
 
 
