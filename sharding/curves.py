@@ -127,7 +127,7 @@ def collective_curves(
 
 
 @functools.lru_cache(maxsize=64)
-def collective_gap_s(calibration: Calibration) -> float:
+def apart_s(calibration: Calibration) -> float:
     """Returns how much longer a collective takes for several kernels behind it.
 
     Less those kernels: they are started as one graph, and a single one is not. The

@@ -86,8 +86,7 @@ class Pricer:
             limit = f"{max(by_axis, key=lambda axis: by_axis[axis])} links"
         gap_s = self._gap_s if step.is_kernel else 0.0
         if step.sends and not step.is_kernel:
-            gap_s = max(self._collective_gap_s, 0.0)
-            seconds = max(seconds + min(self._collective_gap_s, 0.0), 0.0)
+            gap_s = self._collective_gap_s
         return Price(seconds=seconds, memory_s=memory_s, gap_s=gap_s, limit=limit)
 
     def _kernel(self, step: Step, cost: Cost) -> tuple[float, float, str]:

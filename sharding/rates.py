@@ -190,7 +190,9 @@ def collective_s(
     """Returns the time of one collective on one device, without `collective_gap_s`.
 
     Measured, it is interpolated over the payload. A group that was not measured takes
-    as many times longer than `links_s` as the nearest one that was.
+    as many times longer than `links_s` as the nearest one that was. Where collectives
+    take less for several kernels between them, which hide what starting one costs the
+    host, it is that much less.
 
     Args:
       chip: of one device, from `Chip.per_device`.
@@ -214,7 +216,8 @@ def collective_s(
     if not measured:
         return ideal_s
     near = min(measured, key=lambda n: (abs(math.log(n / group_size)), n))
-    near_s = measured[near].at(payload_bytes)
+    hidden_s = max(-curves.apart_s(chip.calibrated), 0.0)
+    near_s = max(measured[near].at(payload_bytes) - hidden_s, 0.0)
     if near == group_size:
         return near_s
     # All but permutes and broadcasts send (n - 1) / n of the payload in each pass.
@@ -237,10 +240,10 @@ def collective_gap_s(chip: Chip) -> float:
 
     How much longer collectives take for several kernels between each two than for one,
     less these kernels: XLA:GPU starts several as one graph, which a collective ends.
-    Negative where kernels hide what starting a collective costs the host. Zero where
-    nothing was measured: the published latency has it.
+    Zero where they take no longer, and where nothing was measured: the published
+    latency has it.
     """
-    return 0.0 if chip.calibrated is None else curves.collective_gap_s(chip.calibrated)
+    return 0.0 if chip.calibrated is None else max(curves.apart_s(chip.calibrated), 0.0)
 
 
 def call_overhead_s(chip: Chip, *, devices: int = 1) -> float:

@@ -140,6 +140,16 @@ def test_chains_of_two_lengths_tell_the_call_from_its_kernels() -> None:
     assert rates.dispatch_s(MEASURED, arguments=51, devices=2) == pytest.approx(71e-6)
 
 
+def test_a_collective_takes_less_where_kernels_hide_its_start() -> None:
+    less = _collective("all-reduce", 8192, name="apart", more_s=-2e-6)
+    chip = _calibrated(*(s for s in SAMPLES if s.name != "apart"), less)
+    assert rates.collective_gap_s(chip) == 0
+    for payload in (8192.0, 1e6):
+        each = "all-reduce", 2, payload, payload
+        bare_s, among_s = (rates.collective_s(c, *each) for c in (MEASURED, chip))
+        assert among_s == pytest.approx(bare_s - 2e-6)
+
+
 @pytest.mark.parametrize("hbm_bytes", [1e4, 3e4, 1e6, 7e8, 1e9])
 def test_latency_and_rate_come_back_at_every_size(hbm_bytes: float) -> None:
     expected = MEMORY_S + hbm_bytes / BYTES_PER_S

@@ -116,8 +116,9 @@ def facts(chip: Chip) -> list[tuple[str, str, str]]:
         published = units.seconds(chip.published().call_overhead_s)
         add("a call besides its kernels", units.seconds(call_s), published)
     if calibration.select("apart"):
-        gap_s = rates.collective_gap_s(chip)
-        add("a collective between graphs, besides itself", units.seconds(gap_s))
+        more_s = curves.apart_s(calibration)
+        what = "more" if more_s >= 0 else "less"
+        add(f"a collective between graphs, {what}", units.seconds(abs(more_s)))
     for sample in calibration.select("call"):
         what = f"call of {sample['arguments']} arrays on {sample['devices']} devices"
         add(what, units.seconds(sample.call_s))
