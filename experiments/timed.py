@@ -123,7 +123,6 @@ def measure(point: Point, how: How) -> Record:
         available_bytes=timing.allocated_bytes(target.devices, "bytes_limit")
         or int(target.chip.per_device().hbm_bytes)
     )
-    target, placed = _placed(target, prefill)
     layout = decode.layout
     weights = layout.device_bytes(layout.named_params())
     kv = layout.device_bytes(layout.named_state().cache)
@@ -132,6 +131,7 @@ def measure(point: Point, how: How) -> Record:
         memory["needed_bytes"] = weights + kv
         reason = f"Too much: {holds}; nothing was run."
         return record(status="does not fit", reason=reason, **memory)
+    target, placed = _placed(target, prefill)
     try:
         compiled = prefill.compile(target), decode.compile(target)
         memory["needed_bytes"] = max(c.memory.peak_bytes for c in compiled)

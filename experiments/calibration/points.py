@@ -199,7 +199,7 @@ def wire(kind: str, group: int, payload: int) -> int:
     return (2 if kind == "all-reduce" else 1) * payload * (group - 1) // group
 
 
-KINDS = ("all-reduce", "permute", "all-gather", "reduce-scatter")
+_KINDS = ("all-reduce", "permute", "all-gather", "reduce-scatter")
 
 
 def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
@@ -212,7 +212,7 @@ def _collectives(chip: Chip, num_devices: int, size: Size) -> Iterator[Point]:
     groups = [g for g in (16, 8, 4, 2) if num_devices % g == 0]
     all_reduce = {"full": (13, 16, 18, 19, 21, 22, 25, 28), "small": (12, 16, 20)}
     others = {"full": (13, 16, 19, 22, 25, 28), "small": (12, 16, 20)}
-    for group, kind in itertools.product(groups, KINDS):
+    for group, kind in itertools.product(groups, _KINDS):
         powers = (all_reduce if kind == "all-reduce" else others).get(size, (10, 12))
         for power in powers:
             yield _collective(chip, "collective", kind, group, power, num_devices)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import time
@@ -23,9 +22,7 @@ from sharding.chips.calibration import (
     Header,
     Sample,
     header_line,
-    is_header,
-    parse_header,
-    parse_sample,
+    read_calibration,
     sample_line,
 )
 
@@ -63,7 +60,7 @@ class Samples:
         self._lines = Lines(path)
         try:
             self.by_key = self._read(path, header)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             self._lines.close()
             raise
 
@@ -72,9 +69,8 @@ class Samples:
         if not self._lines.texts:
             self._lines.append(header_line(header))
             return {}
-        first, *rest = map(json.loads, self._lines.texts)
-        headers = [parse_header(f) for f in (first, *filter(is_header, rest))]
-        before, now = headers[0].conditions, header.conditions
+        found = read_calibration(path)
+        before, now = found.header.conditions, header.conditions
         other = [f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
         if other:
             raise ValueError(
@@ -82,10 +78,9 @@ class Samples:
                 " are made under the same conditions. Choose another --out, or remove"
                 " the file."
             )
-        samples = [parse_sample(f) for f in rest if not is_header(f)]
-        if headers[-1].devices != header.devices:
+        if found.headers[-1].devices != header.devices:
             self._lines.append(header_line(header))
-        return {sample.key: sample for sample in samples}
+        return {sample.key: sample for sample in found.samples}
 
     def lacks(self, point: Point) -> bool:
         """Whether a point has no times yet."""

@@ -236,10 +236,10 @@ def read_calibration(path: pathlib.Path | str) -> Calibration:
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            if not headers or is_header(fields):
-                headers.append(parse_header(fields))
+            if not headers or "schema" in fields:
+                headers.append(_parse_header(fields))
             else:
-                sample = parse_sample(fields)
+                sample = _parse_sample(fields)
                 newest[sample.key] = sample
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(_unreadable(path, number, str(error))) from error
@@ -258,12 +258,7 @@ def _unreadable(path: pathlib.Path, number: int, why: str) -> str:
     )
 
 
-def is_header(fields: dict[str, Any]) -> bool:
-    """Returns whether a line is a header, not a sample."""
-    return "schema" in fields
-
-
-def parse_header(fields: dict[str, Any]) -> Header:
+def _parse_header(fields: dict[str, Any]) -> Header:
     """Returns the header in a line of a file.
 
     Raises:
@@ -276,7 +271,7 @@ def parse_header(fields: dict[str, Any]) -> Header:
     return Header(**{**fields, "devices": tuple(fields["devices"])})
 
 
-def parse_sample(fields: dict[str, Any]) -> Sample:
+def _parse_sample(fields: dict[str, Any]) -> Sample:
     """Returns the sample in another line of a file.
 
     Raises:
