@@ -162,12 +162,36 @@ def product_ratios(
       weights: dtype in which [k, n] is stored.
       roofline_s: of m, n and k; hashable.
     """
+    samples = calibration.select("matmul", dtype=dtype, weights=weights)
+    return _ratios(calibration, samples, roofline_s)
+
+
+def _ratios(
+    calibration: Calibration, samples: Iterable[Sample], roofline_s: Roofline
+) -> Mapping[tuple[int, int], tuple[tuple[float, float], ...]]:
     found: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-    for s in calibration.select("matmul", dtype=dtype, weights=weights):
+    for s in samples:
         m, n, k = s["m"], s["n"], s["k"]
         ratio = work_s(calibration, s) / roofline_s(m, n, k)
         found[k, n].append((math.log(m), max(ratio, _LEAST_RATIO)))
     return {shape: tuple(sorted(points)) for shape, points in found.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def split_ratios(
+    calibration: Calibration, roofline_s: Roofline
+) -> Mapping[tuple[int, int], tuple[tuple[float, float], ...]]:
+    """Returns `product_ratios` of products in parts."""
+    return _ratios(calibration, calibration.select("split"), roofline_s)
+
+
+@functools.lru_cache(maxsize=64)
+def added(calibration: Calibration) -> Mapping[int, Curve]:
+    """Returns the time of adding parts up over how many there are, by rows."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for s in calibration.select("add"):
+        found[s["rows"]].append((s["parts"], work_s(calibration, s)))
+    return {n: c for n, points in found.items() if (c := curve_of(points))}
 
 
 @functools.lru_cache(maxsize=64)

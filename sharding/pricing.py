@@ -66,8 +66,8 @@ class Pricer:
         work = (cost.flops, cost.matmul_flops, cost.hbm_bytes) if cost else ()
         sent = [(s.kind, s.axis, s.group_size, s.payload_bytes, s.wire_bytes)
                 for s in step.sends]  # fmt: skip
-        key = (*work, step.products, step.attention, step.is_cold, step.is_kernel)
-        key += (*sent,)
+        key = (*work, step.products, step.attention, step.kernel, step.is_cold)
+        key += (step.is_kernel, *sent)
         if key not in self._known:
             self._known[key] = self._price(step)
         return self._known[key]
@@ -96,6 +96,12 @@ class Pricer:
         vector_s = rates.vector_s(self.chip, cost.flops - cost.matmul_flops)
         ideal_s = cost.hbm_bytes / self.chip.hbm_bytes_per_s
         limit = "compute" if max(product_s, vector_s) > ideal_s else "hbm"
+        if step.kernel:
+            own_s = rates.own_kernel_s(
+                self.chip, step.kernel, cost.matmul_flops, cost.hbm_bytes
+            )
+            if own_s is not None:
+                return own_s, min(own_s, ideal_s), limit
         if step.attention:
             work = cost.matmul_flops, cost.hbm_bytes
             fused_s = rates.attention_s(self.chip, *work, phase=step.attention)

@@ -1,6 +1,7 @@
 """How long one kernel or one collective takes on one device of a chip.
 
     matmul_s, scores_s, attention_s, memory_s, vector_s    the work of one kernel
+    own_kernel_s                                           of one of this project's
     kernel_gap_s, collective_gap_s, call_overhead_s        what each one costs besides
     collective_s                                           one collective
 
@@ -21,15 +22,17 @@ gaps are zero. Where it is, each is asked of the samples of that benchmark:
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from sharding import curves
 from sharding.chips import Chip, short_dtype
+from sharding.hlo.records import Kernel
 from sharding.links import links_s
 
 _ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1, "int8": 1, "int4": 0.5}
 _OUTPUT_BYTES = 2  # at least, of an element of a product
 # Which implementations are one kernel, the first that was measured is asked.
-_FUSED = {"prefill": ("cudnn", "xla"), "decode": ("triton", "cudnn")}
+_FUSED = {"prefill": ("cudnn", "xla"), "decode": ("cudnn",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,23 +162,73 @@ def attention_s(chip: Chip, flops: float, hbm_bytes: float, *, phase: str) -> fl
       hbm_bytes: read and written.
       phase: "prefill" or "decode".
     """
+    names = _FUSED[phase] if chip.calibrated is not None else ()
+    for name in names:
+        at = {"phase": phase, "implementation": name}
+        measured_s = _attended_s(chip, flops, hbm_bytes, "attention", at)
+        if measured_s is not None:
+            return measured_s
+    return _attention_roofline_s(chip, flops, hbm_bytes)
 
-    def roofline_s(flops: float, hbm_bytes: float) -> float:
-        arithmetic_s = flops / chip.matmul_flops_per_s("bf16")
-        return max(arithmetic_s, hbm_bytes / chip.hbm_bytes_per_s)
 
-    ideal_s = roofline_s(flops, hbm_bytes)
+def own_kernel_s(
+    chip: Chip, kernel: Kernel, flops: float, hbm_bytes: float
+) -> float | None:
+    """Returns the time of a kernel of this project on one device, None if unmeasured.
+
+    A product in parts takes as many times longer than its roofline as those near it
+    (`matmul_s`). What adds parts up is interpolated over their number, at the nearest
+    number of rows that was measured. Attention of one token is interpolated over its
+    roofline; where it needs a second kernel to join what the first one has found, the
+    first one's time is that of both.
+
+    Args:
+      chip: of one device.
+      kernel: which, and on what.
+      flops: in matrix products.
+      hbm_bytes: read and written.
+    """
     if chip.calibrated is None:
-        return ideal_s
-    for name in _FUSED[phase]:
-        found = chip.calibrated.select("attention", phase=phase, implementation=name)
-        measured = curves.curve_of(
-            (roofline_s(s["flops"], s["bytes"]), curves.work_s(chip.calibrated, s))
-            for s in found
+        return None
+    if kernel.name == "split_product":
+        m, k, n = kernel.sizes
+        roofline = _roofline(chip, "bf16", _ITEM_BYTES["bf16"])
+        shapes = curves.split_ratios(chip.calibrated, roofline)
+        if not shapes:
+            return None
+        return roofline(m, n, k) * curves.near_ratio(shapes, m, n, k)
+    if kernel.name == "add":
+        rows, parts = kernel.sizes
+        added = curves.added(chip.calibrated)
+        if not added or rows > max(added):
+            return None
+        near = min(added, key=lambda n: (abs(math.log(n / rows)), n))
+        return added[near].at(parts)
+    joins = kernel.name == "join_token_attention"
+    found_s = _attended_s(chip, flops, hbm_bytes, "token", {})
+    return 0.0 if joins and found_s is not None else found_s
+
+
+def _attended_s(
+    chip: Chip, flops: float, hbm_bytes: float, name: str, at: Mapping[str, str]
+) -> float | None:
+    """Returns the time of a fused attention from samples; None if there are none."""
+    assert chip.calibrated is not None
+    measured = curves.curve_of(
+        (
+            _attention_roofline_s(chip, s["flops"], s["bytes"]),
+            curves.work_s(chip.calibrated, s),
         )
-        if measured:
-            return measured.at(ideal_s)
-    return ideal_s
+        for s in chip.calibrated.select(name, **at)
+    )
+    return (
+        measured.at(_attention_roofline_s(chip, flops, hbm_bytes)) if measured else None
+    )
+
+
+def _attention_roofline_s(chip: Chip, flops: float, hbm_bytes: float) -> float:
+    arithmetic_s = flops / chip.matmul_flops_per_s("bf16")
+    return max(arithmetic_s, hbm_bytes / chip.hbm_bytes_per_s)
 
 
 def collective_s(

@@ -7,7 +7,6 @@ are enough that none is still in a cache when its turn comes again.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,13 @@ from jax import lax
 from jax.sharding import Mesh
 
 from experiments.calibration.chains import Array, Chain
-from experiments.calibration.points import BYTES, COLD_BYTES, Point
+from experiments.calibration.points import BYTES, WIDTH, Point, distinct_of
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV
 from jaxllm.norm_kernel import Mailbox, add_and_norm
+from jaxllm.product_kernel import split_product
 from jaxllm.quantized import Quantized, product, quantize
+from jaxllm.token_kernel import token_attention
 from sharding.residual import make_mailboxes
 
 DTYPES = {
@@ -51,7 +52,8 @@ def chain_of(point: Point, platform: str) -> Chain:
     makers = {
         "kernel": _kernel, "call": _call, "copy": _copy, "read": _read,
         "vector": _vector, "matmul": _matmul, "scores": _scores,
-        "attention": _attention, "collective": _collective, "apart": _collective,
+        "split": _split, "add": _add, "token": _token, "attention": _attention,
+        "collective": _collective, "apart": _collective,
     }  # fmt: skip
     made = makers[point.name](point, platform)
     looped = platform == "cpu" and point.name in ("kernel", "copy", "vector")
@@ -65,11 +67,6 @@ def _tie(x: jax.Array, y: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.integer):
         first = first & 63
     return lax.dynamic_update_slice(x, first.astype(x.dtype), (0,) * x.ndim)
-
-
-def _distinct(num_bytes: float, links: int) -> int:
-    """Returns how many operands of a size are more than a cache, two at least."""
-    return min(max(math.ceil(COLD_BYTES / num_bytes), 2), links)
 
 
 def _faint(x: jax.Array) -> jax.Array:
@@ -120,7 +117,7 @@ def _read(point: Point, platform: str) -> Chain:
     return Chain(
         state=Array((rows,), jnp.float32),
         operands=Array((rows, columns), dtype),
-        distinct=_distinct(size, point.links),
+        distinct=distinct_of(size, point.links),
         link=link,
         per_link={"hbm_bytes": size},
     )
@@ -163,7 +160,7 @@ def _matmul(point: Point, platform: str) -> Chain:
     return Chain(
         state=Array((m, k), dtype),
         operands=weights,
-        distinct=_distinct(weight_bytes, point.links),
+        distinct=distinct_of(weight_bytes, point.links),
         link=link,
         per_link={"flops": 2 * m * n * k},
         slots=2,
@@ -180,10 +177,71 @@ def _scores(point: Point, platform: str) -> Chain:
     return Chain(
         state=Array((b, m, k), jnp.bfloat16),
         operands=Array((b, n, k), jnp.bfloat16),
-        distinct=_distinct(2 * b * n * k, point.links),
+        distinct=distinct_of(2 * b * n * k, point.links),
         link=link,
         per_link={"flops": 2 * b * m * n * k},
         slots=2,
+    )
+
+
+def _split(point: Point, platform: str) -> Chain:
+    m, k, n = (int(point.at[name]) for name in "mkn")
+
+    def link(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _tie(x, split_product(x, w))
+
+    return Chain(
+        state=Array((m, k), jnp.bfloat16),
+        operands=Array((k, n), jnp.bfloat16),
+        distinct=distinct_of(2 * k * n, point.links),
+        link=link,
+        per_link={"flops": 2 * m * n * k},
+        slots=2,
+    )
+
+
+def _add(point: Point, platform: str) -> Chain:
+    """What one writes is the stream that the next one reads."""
+    rows, parts = int(point.at["rows"]), int(point.at["parts"])
+
+    def link(x: jax.Array, operand: Any) -> jax.Array:
+        part, scale = operand
+        return add_and_norm(x, part, scale, 1e-5)[0]
+
+    part = Array((parts, rows, WIDTH), jnp.float32)
+    return Chain(
+        state=Array((rows, WIDTH), jnp.bfloat16),
+        operands=(part, Array((WIDTH,), jnp.bfloat16)),
+        distinct=1,
+        link=link,
+        per_link={"hbm_bytes": int(point.at["bytes"])},
+    )
+
+
+def _token(point: Point, platform: str) -> Chain:
+    """Caches are state, which the kernel writes to; each link takes the next one.
+
+    All of the queries are touched to tie two links: a copy of one element would be no
+    kernel, and starts later than one.
+    """
+    b, s, n, k, h = (int(point.at[name]) for name in "BSNKH")
+    caches = distinct_of(2 * b * s * k * h * 2, point.links)
+
+    def link(state: Any, turns: Any) -> Any:
+        qkv, (kv, *others) = state
+        at = jnp.full((b,), s - 1, jnp.int32)
+        out, kv = token_attention(qkv, *turns, kv, at)
+        first = out.reshape(-1)[0].astype(qkv.dtype)
+        return lax.optimization_barrier(qkv * _FAINT + first), [*others, kv]
+
+    cache = KV(*[Array((b, k, s, h), jnp.bfloat16)] * 2)
+    return Chain(
+        state=(Array((1, b, k, n // k + 2, h), jnp.float32), [cache] * caches),
+        operands=[Array((b, h // 2), jnp.float32)] * 2,
+        distinct=1,
+        link=link,
+        per_link={"flops": int(point.at["flops"])},
+        slots=3,
     )
 
 
@@ -195,26 +253,9 @@ def _attention(point: Point, platform: str) -> Chain:
     cache_bytes = 2 * b * s * k * h * jnp.dtype(dtype).itemsize
     common: dict[str, Any] = dict(
         per_link={"flops": int(point.at["flops"])},
-        distinct=_distinct(cache_bytes, point.links) if t == 1 else 1,
+        distinct=distinct_of(cache_bytes, point.links) if t == 1 else 1,
     )
     cache = KV(*[Array((b, k, s, h), dtype)] * 2)
-    if by == "triton":
-        from jaxllm import token_kernel
-
-        def attend(state: Any, turns: Any) -> Any:
-            # It writes into the cache, which is therefore state; each link takes the
-            # one that has waited longest.
-            qkv, (kv, *others) = state
-            at = jnp.full((b,), s - 1, jnp.int32)
-            cos, sin = turns
-            out, kv = token_kernel.token_attention(qkv, cos, sin, kv, at)
-            return _tie(qkv, out), [*others, kv]
-
-        qkv = Array((1, b, k, n // k + 2, h), dtype)
-        state = qkv, [cache] * common["distinct"]
-        turns = [Array((b, h // 2), jnp.float32)] * 2
-        common |= dict(distinct=1, slots=2)
-        return Chain(state=state, operands=turns, link=attend, **common)
     if by == "einsum":
 
         def attend_plainly(q: jax.Array, kv: Any) -> jax.Array:
@@ -225,7 +266,7 @@ def _attention(point: Point, platform: str) -> Chain:
         state = Array((b, 1, k, n // k, h), dtype)
         return Chain(state=state, operands=cache, link=attend_plainly, **common)
     if by not in ("cudnn", "xla"):
-        raise ValueError(f"no attention {by!r}; there are triton, einsum, cudnn, xla")
+        raise ValueError(f"no attention {by!r}; there are einsum, cudnn, xla")
     return Chain(
         state=Array((b, t, n, h), dtype),
         operands=KV(*[Array((b, s, k, h), dtype)] * 2),
@@ -295,14 +336,11 @@ def _collective(point: Point, platform: str) -> Chain:
     )
 
 
-_STREAM = 4096  # numbers of a token
-
-
 def _own_all_reduce(point: Point) -> Chain:
     """Sums, adds and norms, as decode programs do: what is normed is summed next."""
-    rows, group = int(point.at["bytes"]) // (2 * _STREAM), int(point.at["group"])
+    rows, group = int(point.at["bytes"]) // (2 * WIDTH), int(point.at["group"])
     devices = int(point.at["devices"])
-    box = Mailbox.of(peers=group, rows=rows, width=_STREAM)
+    box = Mailbox.of(peers=group, rows=rows, width=WIDTH)
 
     def bind(mesh: Mesh) -> Callable[[Any, Any], Any]:
         addresses = make_mailboxes(box, mesh).addresses
@@ -320,9 +358,9 @@ def _own_all_reduce(point: Point) -> Chain:
 
         return link
 
-    stream = Array((rows, _STREAM), jnp.bfloat16)
+    stream = Array((rows, WIDTH), jnp.bfloat16)
     return Chain(
-        state=(stream, stream, Array((_STREAM,), jnp.bfloat16)),
+        state=(stream, stream, Array((WIDTH,), jnp.bfloat16)),
         link=lambda state, _: state,
         bind=bind,
         per_link={"collectives": 1},

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+from jaxllm.product_kernel import parts_of
 from sharding.attention import KERNELS
 from sharding.chips import Chip
 from sharding.chips.calibration import key_of
@@ -25,6 +26,7 @@ _LINK_S = 4e-6  # beside its work; only to choose how many links make a call
 # and reads this much before it reads the same again: several times the last cache of
 # any chip here (50 MB on an H100).
 COLD_BYTES = 256 << 20
+WIDTH = 4096  # numbers of a token between layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ def plan(chip: Chip, num_devices: int, size: Size) -> list[Point]:
         _products(chip, _WEIGHTS[size], _ROWS[size], size),
         _streams(chip, size),
         _collectives(chip, num_devices, size),
+        _own_kernels(chip, size),
         _attention(chip, size),
         _vector(chip, size),
         _products(chip, _MORE_WEIGHTS[size], _MORE_ROWS[size], size),
@@ -95,7 +98,15 @@ _MORE_WEIGHTS = {
     "tiny": (),
 }
 _MORE_ROWS = {"full": (1, 64, 1024), "small": (1, 16, 64), "tiny": ()}
-_PROMPT_ROWS = {"full": 16384, "small": 512, "tiny": 8}
+# Of a pipeline's micro-batch, of 16 prompts and of 64.
+_PROMPT_ROWS = {"full": (16384, 4096, 65536), "small": (512,), "tiny": (8,)}
+# Of the products that decode makes in parts: queries, keys and values together,
+# attention's output and down, of 8B on one device and on each of two.
+_IN_PARTS = (
+    (4096, 6144), (4096, 4096), (14336, 4096),
+    (4096, 3072), (2048, 4096), (7168, 4096),
+)  # fmt: skip
+_TOKENS = (1, 16, 64)
 
 
 def _links(chip: Chip, work_s: float, distinct_bytes: float = 0) -> int:
@@ -152,7 +163,8 @@ def _products(
         for m in rows:
             yield product(chip, m, k, n, _dtype(size))
         if n < 10 * k and shapes is _WEIGHTS[size]:
-            yield product(chip, _PROMPT_ROWS[size], k, n, _dtype(size))
+            for m in _PROMPT_ROWS[size]:
+                yield product(chip, m, k, n, _dtype(size))
 
 
 def _narrow(chip: Chip, size: Size) -> Iterator[Point]:
@@ -262,10 +274,12 @@ def _attention(chip: Chip, size: Size) -> Iterator[Point]:
         heads, width = ((4, 2),), 8
     on_gpu = size == "full" and chip.vendor == "NVIDIA"
     for n, k in heads:
+        for b, s in tokens if on_gpu else ():
+            yield _token(chip, (b, 1, s, n, k, width))
         for implementation in ("cudnn",) if on_gpu else ("xla",):
             for b, t in prompts:
                 yield _attend(chip, "prefill", implementation, (b, t, t, n, k, width))
-        for implementation in ("triton", "cudnn", "einsum") if on_gpu else ("einsum",):
+        for implementation in ("cudnn", "einsum") if on_gpu else ("einsum",):
             for b, s in tokens:
                 yield _attend(chip, "decode", implementation, (b, 1, s, n, k, width))
     for b, s in tokens if on_gpu else ():
@@ -274,6 +288,44 @@ def _attention(chip: Chip, size: Size) -> Iterator[Point]:
         links = _links(chip, moved / chip.hbm_bytes_per_s, 2 * batch * k * n)
         at = {"bytes": moved, "batch": batch, "m": m, "k": k, "n": n}
         yield Point(name="scores", at=at, links=links)
+
+
+def _own_kernels(chip: Chip, size: Size) -> Iterator[Point]:
+    """Yields products in parts, and the sums of them, as decode makes them."""
+    if size != "full" or chip.vendor != "NVIDIA":
+        return
+    parts: set[tuple[int, int]] = set()
+    for k, n in _IN_PARTS:
+        for m in _TOKENS:
+            moved = BYTES["bf16"] * (m * k + k * n)
+            links = _links(chip, moved / chip.hbm_bytes_per_s, 2 * k * n)
+            yield Point(name="split", at={"m": m, "k": k, "n": n}, links=links)
+            parts.add((m, parts_of(m, k, n)))
+    for rows, count in sorted(parts):
+        # The stream is read and written, and written normed; parts are in float32.
+        moved = rows * WIDTH * (3 * BYTES["bf16"] + count * BYTES["fp32"])
+        links = _links(chip, moved / chip.hbm_bytes_per_s)
+        at = {"bytes": int(moved), "rows": rows, "parts": count}
+        yield Point(name="add", at=at, links=links)
+
+
+def distinct_of(num_bytes: float, links: int) -> int:
+    """Returns how many operands of a size are more than a cache, two at least."""
+    return min(max(math.ceil(COLD_BYTES / num_bytes), 2), links)
+
+
+def _token(chip: Chip, sizes: tuple[int, ...]) -> Point:
+    """Returns the point of this project's kernel, in as many links as caches or twice.
+
+    It writes into the caches: each must be the same one again in the next call.
+    """
+    point = _attend(chip, "decode", "triton", sizes)
+    kept = ("flops", "bytes", "B", "S", "N", "K", "H")
+    at = {name: point.at[name] for name in kept}
+    b, s, k, h = (point.at[name] for name in "BSKH")
+    caches = distinct_of(2 * b * s * k * h * BYTES["bf16"], point.links)
+    links = math.ceil(point.links / caches) * caches
+    return Point(name="token", at=at, links=links)
 
 
 def _attend(

@@ -19,13 +19,20 @@ Which benchmarks there are, what one link of each is, and what `at` says of it:
     vector      flops                         arithmetic outside the matrix units
     matmul      dtype, weights, m, k, n       [m, k] @ [k, n], weights not used for long
     scores      bytes, batch, m, k, n         the same for `batch` pairs at once
-    attention   phase, implementation,        one fused attention
+    split       m, k, n                       [m, k] @ [k, n] in parts, weights not used
+                                              for long
+    add         bytes, rows, parts            parts of a product added, and normed
+    token       flops, bytes, B, S, N, K, H   one token's attention, the cache not used
+                                              for long
+    attention   phase, implementation,        one fused attention of a library
                 flops, bytes, B, T, S, N, K, H
     collective  kind, group, bytes, wire,     one collective and a kernel that does next
                 by, devices                   to nothing; `by` xla's choice, or nccl; by
                                               triton: this project's kernel alone
     apart       the same                      the same with nine such kernels
 
+`split`, `add` and `token` are kernels of this project, `jaxllm.product_kernel`,
+`jaxllm.norm_kernel` and `jaxllm.token_kernel`, on one device.
 `bytes` are of the whole link, or a collective's payload as the ledger counts it.
 """
 
@@ -41,8 +48,8 @@ from typing import Any
 
 SCHEMA = 1
 NAMES = (
-    "kernel", "call", "copy", "read", "vector", "matmul", "scores", "attention",
-    "collective", "apart",
+    "kernel", "call", "copy", "read", "vector", "matmul", "scores", "split", "add",
+    "token", "attention", "collective", "apart",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ _PER_ELEMENT = {"__cudnn$norm": 8, "__onednn$layernorm": 8, "__onednn$softmax": 
 _TRITON = "__gpu$xla.gpu.triton"
 _STATED = ("matmul_flops", "other_flops", "hbm_bytes")
 _METADATA = re.compile(r'serialized_metadata = "((?:[^"\\]|\\.)*)"')
+_KERNEL_NAME = re.compile(r'", name = "(\w+)"')
 _KERNELS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", _TRITON)
 
 
@@ -89,6 +90,12 @@ def stated_bytes(instruction: Instruction) -> int | None:
     """Returns the HBM bytes that a kernel says it moves; None if it says nothing."""
     stated = _stated(instruction)
     return stated["hbm_bytes"] if stated else None
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """Returns what a Triton kernel is called where it is written, or ""."""
+    found = _KERNEL_NAME.search(instruction.rest)
+    return found[1] if found and target(instruction) == _TRITON else ""
 
 
 def is_free(instruction: Instruction) -> bool:

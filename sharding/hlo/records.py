@@ -86,6 +86,19 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What a kernel of this project works on, for those that a calibration times.
+
+    Attributes:
+      name: "split_product", "add", "token_attention" or "join_token_attention".
+      sizes: m, k, n of a split product; rows and parts of what is added; else none.
+    """
+
+    name: str
+    sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """One instruction that takes time, at its place in the schedule.
 
@@ -94,6 +107,7 @@ class Step:
       cost: what it computes and moves; None if it only sends.
       products: the matrix products in it.
       attention: "prefill" or "decode" if it is a library's fused attention.
+      kernel: which of this project's kernels it is; None: none of those that are timed.
       is_cold: most of what it reads came into the program, as weights do.
       sends: the collectives that it is or holds, of one execution.
       is_beside: it starts here, and what follows does not wait for it.
@@ -106,6 +120,7 @@ class Step:
     cost: Cost | None
     products: tuple[Product, ...] = ()
     attention: str = ""
+    kernel: Kernel | None = None
     is_cold: bool = False
     sends: tuple[Collective, ...] = ()
     is_beside: bool = False

@@ -9,7 +9,7 @@ from sharding.hlo.flops import FlopCounter
 from sharding.hlo.opcodes import COLLECTIVES, base_opcode
 from sharding.hlo.products import ProductFinder, is_given
 from sharding.hlo.reader import Computation, Instruction, Module
-from sharding.hlo.records import Collective, Cost, Step, Wait
+from sharding.hlo.records import Collective, Cost, Kernel, Step, Wait
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ONE_QUERY = 1
@@ -60,6 +60,7 @@ class StepMaker:
                 if cost and cost.matmul_flops
                 else (),
                 attention=_attention(instruction),
+                kernel=_kernel(instruction, computation),
                 is_cold=cost is not None and _is_cold(instruction, computation, cost),
                 sends=sends,
                 is_beside=is_beside,
@@ -94,6 +95,22 @@ def _attention(instruction: Instruction) -> str:
     # Queries, [B, T, N, H] or [B, N, T, H]: one token has one of them.
     out = instruction.shape.leaves[0].dims
     return "decode" if _ONE_QUERY in out[1:3] else "prefill"
+
+
+def _kernel(instruction: Instruction, computation: Computation) -> Kernel | None:
+    """Returns which of the kernels of `records.Kernel` a custom call is, or None."""
+    if instruction.opcode != "custom-call":
+        return None
+    name = custom_calls.kernel_name(instruction)
+    dims = [operand.shape.dims for operand in computation.operands(instruction)]
+    match name, dims:
+        case "split_product", [(m, k), (_, n)]:
+            return Kernel(name=name, sizes=(m, k, n))
+        case "add", [(rows, _), (parts, _, _), *_]:
+            return Kernel(name=name, sizes=(rows, parts))
+        case (("token_attention" | "join_token_attention"), _):
+            return Kernel(name=name)
+    return None
 
 
 def _is_cold(instruction: Instruction, computation: Computation, cost: Cost) -> bool:

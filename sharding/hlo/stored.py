@@ -12,6 +12,7 @@ from sharding.hlo.records import (
     Block,
     Collective,
     Cost,
+    Kernel,
     Ledger,
     Product,
     Step,
@@ -83,7 +84,8 @@ def _from_steps(steps: Steps, numbers: dict[int, int]) -> list[list[Any]]:
             values = _row(step)
             values[1] = None if step.cost is None else numbers[id(step.cost)]
             values[2] = [_row(product) for product in step.products]
-            values[5] = [_row(row) for row in step.sends]
+            values[4] = None if step.kernel is None else _row(step.kernel)
+            values[6] = [_row(row) for row in step.sends]
             rows.append(values)
     return rows
 
@@ -97,7 +99,7 @@ def _to_steps(rows: list[list[Any]], costs: tuple[Cost, ...]) -> Steps:
             label, times, inner = row
             steps.append(Block(label=label, times=times, steps=_to_steps(inner, costs)))
         else:
-            name, cost, products, attention, is_cold, sends, *rest = row
+            name, cost, products, attention, kernel, is_cold, sends, *rest = row
             is_beside, is_kernel, cycles = rest
             steps.append(
                 Step(
@@ -105,6 +107,7 @@ def _to_steps(rows: list[list[Any]], costs: tuple[Cost, ...]) -> Steps:
                     cost=None if cost is None else costs[cost],
                     products=tuple(map(_product, products)),
                     attention=attention,
+                    kernel=kernel and Kernel(name=kernel[0], sizes=tuple(kernel[1])),
                     is_cold=is_cold,
                     sends=tuple(map(_collective, sends)),
                     is_beside=is_beside,
