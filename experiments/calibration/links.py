@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from experiments.calibration.chains import Array, Chain
-from experiments.calibration.points import BYTES, WIDTH, Point, distinct_of
+from experiments.calibration.points import BYTES, WIDTH, Point, caches_of, distinct_of
 from jaxllm.attention import decode_attention
 from jaxllm.cache import KV
 from jaxllm.norm_kernel import Mailbox, add_and_norm
@@ -225,7 +225,7 @@ def _token(point: Point, platform: str) -> Chain:
     kernel, and starts later than one.
     """
     b, s, n, k, h = (int(point.at[name]) for name in "BSNKH")
-    caches = distinct_of(2 * b * s * k * h * 2, point.links)
+    caches = caches_of(b, s, k, h)
 
     def link(state: Any, turns: Any) -> Any:
         qkv, (kv, *others) = state

@@ -27,6 +27,7 @@ _LINK_S = 4e-6  # beside its work; only to choose how many links make a call
 # any chip here (50 MB on an H100).
 COLD_BYTES = 256 << 20
 WIDTH = 4096  # numbers of a token between layers
+_MOST_CACHES = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,17 +316,23 @@ def distinct_of(num_bytes: float, links: int) -> int:
 
 
 def _token(chip: Chip, sizes: tuple[int, ...]) -> Point:
-    """Returns the point of this project's kernel, in as many links as caches or twice.
+    """Returns the point of this project's kernel.
 
-    It writes into the caches: each must be the same one again in the next call.
+    It writes into the caches, which must be the same ones again in the next call: there
+    are as many links as caches, or several times as many.
     """
-    point = _attend(chip, "decode", "triton", sizes)
     kept = ("flops", "bytes", "B", "S", "N", "K", "H")
+    point = _attend(chip, "decode", "triton", sizes)
     at = {name: point.at[name] for name in kept}
-    b, s, k, h = (point.at[name] for name in "BSKH")
-    caches = distinct_of(2 * b * s * k * h * BYTES["bf16"], point.links)
-    links = math.ceil(point.links / caches) * caches
-    return Point(name="token", at=at, links=links)
+    b, s, k, h = (int(at[name]) for name in "BSKH")
+    caches = caches_of(b, s, k, h)
+    by_time = _links(chip, int(at["bytes"]) / chip.hbm_bytes_per_s)
+    return Point(name="token", at=at, links=math.ceil(by_time / caches) * caches)
+
+
+def caches_of(b: int, s: int, k: int, h: int) -> int:
+    """Returns how many caches a chain takes in turn; a call of many is slow to make."""
+    return distinct_of(2 * b * s * k * h * BYTES["bf16"], _MOST_CACHES)
 
 
 def _attend(
