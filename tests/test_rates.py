@@ -17,6 +17,7 @@ from sharding.chips.calibration import (
     read_calibration,
     sample_line,
 )
+from sharding.hlo.records import Kernel
 from tests import fakes
 
 H100 = CHIPS["h100"].published()
@@ -91,6 +92,17 @@ SAMPLES = (
         )
         for n in (1e9, 1e12)
     ),
+    *(
+        _sample("split", 1.5 * 2 * k * n / 3.35e12, m=m, k=k, n=n, slots=2)
+        for m in (1, 16)
+        for k, n in ((4096, 4096), (14336, 4096))
+    ),
+    *(
+        _sample("add", (1 + 0.25 * parts) * 1e-6 * rows**0.5, rows=rows, parts=parts)
+        for rows in (1, 16)
+        for parts in (1, 5)
+    ),
+    *(_sample("token", 5e-6 + n / 3e12, flops=1, bytes=n, slots=3) for n in (1e6, 1e8)),
     *(_collective("all-reduce", n) for n in (8192, 1 << 20, 1 << 28)),
     _collective("all-reduce", 8192, by="nccl", more_s=1.0),
     *(_collective("all-reduce", n, name="apart", more_s=APART_S) for n in (8192,)),
@@ -238,6 +250,32 @@ def test_what_was_not_measured_is_the_formula() -> None:
 def test_attention_is_interpolated_over_its_roofline() -> None:
     found = rates.attention_s(MEASURED, 5e11, 8, phase="prefill")
     assert found == pytest.approx(1e-5 + 1e12 / 989.4e12)
+
+
+def _own_s(name: str, *sizes: int, hbm_bytes: float = 0.0) -> float | None:
+    kernel = Kernel(name=name, sizes=sizes)
+    assert rates.own_kernel_s(_calibrated(), kernel, 1, hbm_bytes) is None
+    assert rates.own_kernel_s(H100, kernel, 1, hbm_bytes) is None
+    return rates.own_kernel_s(MEASURED, kernel, 1, hbm_bytes)
+
+
+def test_a_product_in_parts_is_priced_by_those_near_it() -> None:
+    measured_s = _own_s("split_product", 1, 4096, 4096)
+    assert measured_s == pytest.approx(1.5 * 2 * 4096 * 4096 / 3.35e12)
+    near_s = _own_s("split_product", 16, 14000, 4096)
+    assert near_s == pytest.approx(1.5 * 2 * 14000 * 4096 / 3.35e12, rel=2e-2)
+
+
+def test_parts_are_added_in_the_time_of_as_many() -> None:
+    assert _own_s("add", 1, 3) == pytest.approx(1.75e-6)
+    assert _own_s("add", 15, 5) == pytest.approx(4 * 2.25e-6)  # as of 16 rows
+    assert _own_s("add", 17, 1) is None  # more rows than were measured
+
+
+def test_attention_of_one_token_is_timed_with_what_joins_it() -> None:
+    found_s = _own_s("token_attention", hbm_bytes=1e7)
+    assert found_s == pytest.approx(5e-6 + 1e7 / 3e12)
+    assert _own_s("join_token_attention", hbm_bytes=1e5) == 0.0
 
 
 @pytest.mark.parametrize(

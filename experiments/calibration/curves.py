@@ -203,6 +203,28 @@ def charts_of(chip: Chip) -> list[Chart]:
                     title=f"{title}: {what}", y=unit, lines=lines, peak=peak, **common
                 )
             )
+    charts_ += [
+        Chart(
+            title="Products in parts: weights read",
+            x="rows, m",
+            y="GB/s",
+            peak=gb_s,
+            lines=tuple(
+                line("[{}, {}]".format(*shape.split()), group, "m",
+                     lambda s: 2 * s["k"] * s["n"] / link_s(s) / 1e9)
+                for shape, group in by(calibration.select("split"), "k", "n")
+            ),
+        ),
+        Chart(
+            title="Parts added up, and normed",
+            x="parts",
+            y="µs",
+            lines=tuple(
+                line(f"{rows} rows", group, "parts", lambda s: 1e6 * link_s(s))
+                for rows, group in by(calibration.select("add"), "rows")
+            ),
+        ),
+    ]  # fmt: skip
     for title, name, unit in (
         ("Collectives and one small kernel", "collective", "µs"),
         ("Collectives and a graph of small kernels", "apart", "µs"),
@@ -219,6 +241,9 @@ def charts_of(chip: Chip) -> list[Chart]:
         ("decode", "bytes", 1e9, "GB/s", gb_s),
     ):
         groups = by(calibration.select("attention", phase=phase), "implementation")
+        if phase == "decode":
+            own = by(calibration.select("token"))
+            groups += [("this project's kernel", group) for _, group in own]
         lines = tuple(
             line(label, group, size,
                  lambda s, n=size, c=scale: s[n] / link_s(s) / c)

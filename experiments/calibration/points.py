@@ -99,8 +99,8 @@ _MORE_WEIGHTS = {
     "tiny": (),
 }
 _MORE_ROWS = {"full": (1, 64, 1024), "small": (1, 16, 64), "tiny": ()}
-# Of a pipeline's micro-batch, of 16 prompts and of 64.
-_PROMPT_ROWS = {"full": (16384, 4096, 65536), "small": (512,), "tiny": (8,)}
+# Of a prefill's micro-batch of 16 prompts, and of a pipeline's of four.
+_PROMPT_ROWS = {"full": (16384, 4096), "small": (512,), "tiny": (8,)}
 # Of the products that decode makes in parts: queries, keys and values together,
 # attention's output and down, of 8B on one device and on each of two.
 _IN_PARTS = (
@@ -280,9 +280,9 @@ def _attention(chip: Chip, size: Size) -> Iterator[Point]:
         for implementation in ("cudnn",) if on_gpu else ("xla",):
             for b, t in prompts:
                 yield _attend(chip, "prefill", implementation, (b, t, t, n, k, width))
-        for implementation in ("cudnn", "einsum") if on_gpu else ("einsum",):
-            for b, s in tokens:
-                yield _attend(chip, "decode", implementation, (b, 1, s, n, k, width))
+        implementation = "cudnn" if on_gpu else "einsum"
+        for b, s in tokens:
+            yield _attend(chip, "decode", implementation, (b, 1, s, n, k, width))
     for b, s in tokens if on_gpu else ():
         batch, m, k, n = b * 8, 4, 128, s
         moved = batch * (2 * m * k + 2 * k * n + 2 * m * n)
