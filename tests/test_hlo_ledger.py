@@ -1,12 +1,18 @@
 """Ledgers of programs that the real compilers made equal their closed forms."""
 
+import json
 import pathlib
+from collections import Counter
 
 import pytest
 
-from sharding.hlo import Ledger, read_ledger
+from experiments.report import kept
+from sharding.hlo import Ledger, read_ledger, stored
+from sharding.hlo.records import Kernel, Step
 
 DATA = pathlib.Path(__file__).parent / "data" / "hlo"
+RECORDS = pathlib.Path(__file__).parents[1] / "docs" / "records"
+H200 = RECORDS / "2026-11-28-h200x2" / "programs"
 
 # Sizes of tests/data/hlo/make.py.
 D, F, LAYERS, BATCH, CACHE = 512, 1536, 5, 16, 640
@@ -153,6 +159,24 @@ def test_xla_gpu_kernels_on_a_real_machine() -> None:
     assert _rows(ledger) == {("t", "all-reduce"): (2, payload, 2 * payload, 2)}
     # 2 layers of 2 weights; f32 partial sums of split products come on top.
     assert 4 * 4096 * 2048 * 2 < ledger.hbm_bytes < 1.1 * 4 * 4096 * 2048 * 2
+
+
+def test_kernels_of_this_project_are_told_apart_on_a_real_machine() -> None:
+    """A decode step of Llama-3.1-8B on one H200: 32 layers, one sequence."""
+    (path,) = H200.glob("tp1_*_batch1_decode_*")
+    ledger = read_ledger(kept.read(path)[0].text, {"tensor": 1})
+    kernels = Counter(
+        step.kernel for step in ledger.steps if isinstance(step, Step) and step.kernel
+    )
+    shapes = {"qkv": (1, 4096, 6144), "out": (1, 4096, 4096), "down": (1, 14336, 4096)}
+    split = [Kernel(name="split_product", sizes=sizes) for sizes in shapes.values()]
+    assert all(kernels[each] == 32 for each in split)
+    assert kernels[Kernel(name="add", sizes=(1, 5))] == 64  # out and down
+    assert kernels[Kernel(name="token_attention")] == 32
+    assert kernels[Kernel(name="join_token_attention")] == 32
+    assert kernels.total() == 32 * 7
+    plain = json.loads(json.dumps(stored.to_plain(ledger)))
+    assert stored.from_plain(plain).steps == ledger.steps
 
 
 def test_without_a_mesh_groups_are_device_ids() -> None:

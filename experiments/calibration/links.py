@@ -230,7 +230,8 @@ def _token(point: Point, platform: str) -> Chain:
     def link(state: Any, turns: Any) -> Any:
         qkv, (kv, *others) = state
         at = jnp.full((b,), s - 1, jnp.int32)
-        out, kv = token_attention(qkv, *turns, kv, at)
+        cos, sin = turns
+        out, kv = token_attention(qkv, cos, sin, kv, at)
         first = out.reshape(-1)[0].astype(qkv.dtype)
         return lax.optimization_barrier(qkv * _FAINT + first), [*others, kv]
 
