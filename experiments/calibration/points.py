@@ -102,10 +102,14 @@ _MORE_ROWS = {"full": (1, 64, 1024), "small": (1, 16, 64), "tiny": ()}
 # Of a prefill's micro-batch of 16 prompts, and of a pipeline's of four.
 _PROMPT_ROWS = {"full": (16384, 4096), "small": (512,), "tiny": (8,)}
 # Of the products that decode makes in parts: queries, keys and values together,
-# attention's output and down, of 8B on one device and on each of two.
+# attention's output and down, of 8B on one device and on each of two, and of 70B.
 _IN_PARTS = (
     (4096, 6144), (4096, 4096), (14336, 4096),
     (4096, 3072), (2048, 4096), (7168, 4096),
+)  # fmt: skip
+_MORE_IN_PARTS = (
+    (8192, 10240), (8192, 8192), (28672, 8192),
+    (8192, 5120), (4096, 8192), (14336, 8192),
 )  # fmt: skip
 _TOKENS = (1, 16, 64)
 
@@ -295,13 +299,12 @@ def _own_kernels(chip: Chip, size: Size) -> Iterator[Point]:
     """Yields products in parts, and the sums of them, as decode makes them."""
     if size != "full" or chip.vendor != "NVIDIA":
         return
-    parts: set[tuple[int, int]] = set()
-    for k, n in _IN_PARTS:
-        for m in _TOKENS:
+    for shapes, rows in ((_IN_PARTS, _TOKENS), (_MORE_IN_PARTS, _TOKENS[::2])):
+        for (k, n), m in itertools.product(shapes, rows):
             moved = BYTES["bf16"] * (m * k + k * n)
             links = _links(chip, moved / chip.hbm_bytes_per_s, 2 * k * n)
             yield Point(name="split", at={"m": m, "k": k, "n": n}, links=links)
-            parts.add((m, parts_of(m, k, n)))
+    parts = {(m, parts_of(m, k, n)) for k, n in _IN_PARTS for m in _TOKENS}
     for rows, count in sorted(parts):
         # The stream is read and written, and written normed; parts are in float32.
         moved = rows * WIDTH * (3 * BYTES["bf16"] + count * BYTES["fp32"])
