@@ -6,6 +6,7 @@ lay out the same ones. CSV keeps full precision and unscaled units.
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from experiments.report import units, validated, words
@@ -13,6 +14,7 @@ from experiments.report.frontier import Objective, Question, pareto
 from experiments.report.record import PhaseRecord, Record
 
 Table = tuple[Sequence[str], list[list[str]]]
+_DATED = re.compile(r"\d{4}-\d\d-\d\d")
 
 _CSV_FIELDS = (
     "model", "target", "chip", "num_chips", "partition", "rules", "dtype", "weights",
@@ -301,7 +303,11 @@ def is_figure(text: str) -> bool:
     Example:
       >>> is_figure("+3 %"), is_figure(">18.1 GB"), is_figure("-"), is_figure("tp2")
       (True, True, True, False)
+      >>> is_figure("2026-11-28-h200x2")
+      False
     """
+    if _DATED.match(text):
+        return False
     return text.lstrip("+-<>")[:1].isdigit() or text in ("", "-")
 
 

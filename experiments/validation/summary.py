@@ -81,11 +81,14 @@ class Place:
     """One partition among those it is compared with.
 
     Attributes:
+      partition: its name.
+      label: with how its program is written.
       measured, predicted: what it is ranked by; less is better.
       spread: of the measured one, as a fraction.
     """
 
     partition: str
+    label: str
     measured: float
     predicted: float
     spread: float
@@ -100,7 +103,7 @@ class Ranking:
       run: the folder of its records.
       superseded: a newer run ordered at least the same partitions.
       what: the rest of the question, e.g. "llama-3.1-8b, batch 16, 1,024 in, 128 out".
-      places: in the measured order.
+      places: in the measured order; a partition that is there twice, by its label.
       tied: pairs whose measured difference is within their spread.
       wrong: pairs, measured better first, that are predicted the other way round.
     """
@@ -162,7 +165,7 @@ def rankings(figures: Sequence[Figure]) -> list[Ranking]:
                 for point, pair in group.items()
                 if (place := _place(by, pair))
             }
-            if len({place.partition for place in placed.values()}) < 2:
+            if len({place.label for place in placed.values()}) < 2:
                 continue
             first = next(f for pair in group.values() for f in pair.values())
             superseded = any(placed.keys() <= points for points in newer)
@@ -267,7 +270,8 @@ def _place(by: str, point: dict[str, Figure]) -> Place | None:
     first = point[needed[0]]
     if by != "tokens/s/chip":
         return Place(
-            partition=first.label,
+            partition=first.partition,
+            label=first.label,
             measured=first.measured_s,
             predicted=first.predicted_s,
             spread=first.spread,
@@ -281,7 +285,8 @@ def _place(by: str, point: dict[str, Figure]) -> Place | None:
 
     measured = cost(lambda f: f.measured_s)
     return Place(
-        partition=first.label,
+        partition=first.partition,
+        label=first.label,
         measured=measured,
         predicted=cost(lambda f: f.predicted_s),
         spread=cost(lambda f: f.spread * f.measured_s) / measured,
@@ -289,6 +294,8 @@ def _place(by: str, point: dict[str, Figure]) -> Place | None:
 
 
 def _ranking(by: str, figure: Figure, places: list[Place], superseded: bool) -> Ranking:
+    if len({place.partition for place in places}) < len(places):
+        places = [dataclasses.replace(p, partition=p.label) for p in places]
     places = sorted(
         places, key=lambda place: (place.measured, partition_order(place.partition))
     )
