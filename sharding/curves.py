@@ -120,9 +120,17 @@ def collective_curves(
       kind: of the collective.
       by: what does it: "xla" as it chooses, or this project's kernel, "triton".
     """
+    samples = calibration.select("collective", kind=kind, by=by)
+    return _curves(calibration, samples, "group", "bytes")
+
+
+def _curves(
+    calibration: Calibration, samples: Iterable[Sample], each: str, size: str
+) -> Mapping[int, Curve]:
+    """Returns the work of samples over one of their sizes, a curve for each other."""
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for s in calibration.select("collective", kind=kind, by=by):
-        found[s["group"]].append((s["bytes"], work_s(calibration, s)))
+    for s in samples:
+        found[s[each]].append((s[size], work_s(calibration, s)))
     return {n: c for n, points in found.items() if (c := curve_of(points))}
 
 
@@ -188,10 +196,7 @@ def split_ratios(
 @functools.lru_cache(maxsize=64)
 def added(calibration: Calibration) -> Mapping[int, Curve]:
     """Returns the time of adding parts up over how many there are, by rows."""
-    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for s in calibration.select("add"):
-        found[s["rows"]].append((s["parts"], work_s(calibration, s)))
-    return {n: c for n, points in found.items() if (c := curve_of(points))}
+    return _curves(calibration, calibration.select("add"), "rows", "parts")
 
 
 @functools.lru_cache(maxsize=64)

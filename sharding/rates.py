@@ -22,10 +22,11 @@ gaps are zero. Where it is, each is asked of the samples of that benchmark:
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from sharding import curves
 from sharding.chips import Chip, short_dtype
+from sharding.chips.calibration import Sample
 from sharding.hlo.records import Kernel
 from sharding.links import links_s
 
@@ -162,12 +163,11 @@ def attention_s(chip: Chip, flops: float, hbm_bytes: float, *, phase: str) -> fl
       hbm_bytes: read and written.
       phase: "prefill" or "decode".
     """
-    names = _FUSED[phase] if chip.calibrated is not None else ()
-    for name in names:
-        at = {"phase": phase, "implementation": name}
-        measured_s = _attended_s(chip, flops, hbm_bytes, "attention", at)
-        if measured_s is not None:
-            return measured_s
+    if chip.calibrated is not None:
+        for name in _FUSED[phase]:
+            at = {"phase": phase, "implementation": name}
+            if samples := chip.calibrated.select("attention", **at):
+                return _attended_s(chip, flops, hbm_bytes, samples)
     return _attention_roofline_s(chip, flops, hbm_bytes)
 
 
@@ -204,26 +204,28 @@ def own_kernel_s(
             return None
         near = min(added, key=lambda n: (abs(math.log(n / rows)), n))
         return added[near].at(parts)
-    joins = kernel.name == "join_token_attention"
-    found_s = _attended_s(chip, flops, hbm_bytes, "token", {})
-    return 0.0 if joins and found_s is not None else found_s
+    samples = chip.calibrated.select("token")
+    if not samples:
+        return None
+    if kernel.name == "join_token_attention":
+        return 0.0
+    return _attended_s(chip, flops, hbm_bytes, samples)
 
 
 def _attended_s(
-    chip: Chip, flops: float, hbm_bytes: float, name: str, at: Mapping[str, str]
-) -> float | None:
-    """Returns the time of a fused attention from samples; None if there are none."""
+    chip: Chip, flops: float, hbm_bytes: float, samples: Sequence[Sample]
+) -> float:
+    """Returns the time of a fused attention from samples, at least one."""
     assert chip.calibrated is not None
     measured = curves.curve_of(
         (
             _attention_roofline_s(chip, s["flops"], s["bytes"]),
             curves.work_s(chip.calibrated, s),
         )
-        for s in chip.calibrated.select(name, **at)
+        for s in samples
     )
-    return (
-        measured.at(_attention_roofline_s(chip, flops, hbm_bytes)) if measured else None
-    )
+    assert measured is not None
+    return measured.at(_attention_roofline_s(chip, flops, hbm_bytes))
 
 
 def _attention_roofline_s(chip: Chip, flops: float, hbm_bytes: float) -> float:

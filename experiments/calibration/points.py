@@ -25,7 +25,7 @@ _CALL_S = 1e-3
 _LINK_S = 4e-6  # beside its work; only to choose how many links make a call
 # and reads this much before it reads the same again: several times the last cache of
 # any chip here (50 MB on an H100).
-COLD_BYTES = 256 << 20
+_COLD_BYTES = 256 << 20
 WIDTH = 4096  # numbers of a token between layers
 _MOST_CACHES = 24
 
@@ -117,7 +117,7 @@ _TOKENS = (1, 16, 64)
 def _links(chip: Chip, work_s: float, distinct_bytes: float = 0) -> int:
     """Returns how many links make a call long, and its operands more than a cache."""
     by_time = _CALL_S / (work_s + _LINK_S)
-    by_bytes = COLD_BYTES / distinct_bytes if distinct_bytes else 0
+    by_bytes = _COLD_BYTES / distinct_bytes if distinct_bytes else 0
     few, most = (2, 16) if chip.kind == "cpu" else (4, 96)
     return min(max(math.ceil(max(by_time, by_bytes)), few), most)
 
@@ -278,15 +278,14 @@ def _attention(chip: Chip, size: Size) -> Iterator[Point]:
         prompts, tokens = ((1, 32),), ((2, 32),)
         heads, width = ((4, 2),), 8
     on_gpu = size == "full" and chip.vendor == "NVIDIA"
+    by_prompts, by_tokens = ("cudnn", "cudnn") if on_gpu else ("xla", "einsum")
     for n, k in heads:
         for b, s in tokens if on_gpu else ():
-            yield _token(chip, (b, 1, s, n, k, width))
-        for implementation in ("cudnn",) if on_gpu else ("xla",):
-            for b, t in prompts:
-                yield _attend(chip, "prefill", implementation, (b, t, t, n, k, width))
-        implementation = "cudnn" if on_gpu else "einsum"
+            yield _token(chip, b, s, n, k, width)
+        for b, t in prompts:
+            yield _attend(chip, "prefill", by_prompts, (b, t, t, n, k, width))
         for b, s in tokens:
-            yield _attend(chip, "decode", implementation, (b, 1, s, n, k, width))
+            yield _attend(chip, "decode", by_tokens, (b, 1, s, n, k, width))
     for b, s in tokens if on_gpu else ():
         batch, m, k, n = b * 8, 4, 128, s
         moved = batch * (2 * m * k + 2 * k * n + 2 * m * n)
@@ -299,7 +298,7 @@ def _own_kernels(chip: Chip, size: Size) -> Iterator[Point]:
     """Yields products in parts, and the sums of them, as decode makes them."""
     if size != "full" or chip.vendor != "NVIDIA":
         return
-    for shapes, rows in ((_IN_PARTS, _TOKENS), (_MORE_IN_PARTS, _TOKENS[::2])):
+    for shapes, rows in ((_IN_PARTS, _TOKENS), (_MORE_IN_PARTS, (1, 64))):
         for (k, n), m in itertools.product(shapes, rows):
             moved = BYTES["bf16"] * (m * k + k * n)
             links = _links(chip, moved / chip.hbm_bytes_per_s, 2 * k * n)
@@ -315,22 +314,24 @@ def _own_kernels(chip: Chip, size: Size) -> Iterator[Point]:
 
 def distinct_of(num_bytes: float, links: int) -> int:
     """Returns how many operands of a size are more than a cache, two at least."""
-    return min(max(math.ceil(COLD_BYTES / num_bytes), 2), links)
+    return min(max(math.ceil(_COLD_BYTES / num_bytes), 2), links)
 
 
-def _token(chip: Chip, sizes: tuple[int, ...]) -> Point:
+def _token(chip: Chip, b: int, s: int, n: int, k: int, h: int) -> Point:
     """Returns the point of this project's kernel.
 
     It writes into the caches, which must be the same ones again in the next call: there
     are as many links as caches, or several times as many.
     """
-    kept = ("flops", "bytes", "B", "S", "N", "K", "H")
-    point = _attend(chip, "decode", "triton", sizes)
-    at = {name: point.at[name] for name in kept}
-    b, s, k, h = (int(at[name]) for name in "BSKH")
+    moved = 2 * b * h * (n + s * k) * BYTES["bf16"]  # queries, results and the cache
     caches = caches_of(b, s, k, h)
-    by_time = _links(chip, int(at["bytes"]) / chip.hbm_bytes_per_s)
-    return Point(name="token", at=at, links=math.ceil(by_time / caches) * caches)
+    by_time = _links(chip, moved / chip.hbm_bytes_per_s)
+    sizes = {"B": b, "S": s, "N": n, "K": k, "H": h}
+    return Point(
+        name="token",
+        at={"flops": 4 * b * n * h * s, "bytes": moved, **sizes},
+        links=math.ceil(by_time / caches) * caches,
+    )
 
 
 def caches_of(b: int, s: int, k: int, h: int) -> int:

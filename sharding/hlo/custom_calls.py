@@ -94,8 +94,10 @@ def stated_bytes(instruction: Instruction) -> int | None:
 
 def kernel_name(instruction: Instruction) -> str:
     """Returns what a Triton kernel is called where it is written, or ""."""
+    if target(instruction) != _TRITON:
+        return ""
     found = _KERNEL_NAME.search(instruction.rest)
-    return found[1] if found and target(instruction) == _TRITON else ""
+    return found[1] if found else ""
 
 
 def is_free(instruction: Instruction) -> bool:

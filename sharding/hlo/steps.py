@@ -101,7 +101,8 @@ def _kernel(instruction: Instruction, computation: Computation) -> Kernel | None
     """Returns which of the kernels of `records.Kernel` a custom call is, or None."""
     if instruction.opcode != "custom-call":
         return None
-    name = custom_calls.kernel_name(instruction)
+    if not (name := custom_calls.kernel_name(instruction)):
+        return None
     dims = [operand.shape.dims for operand in computation.operands(instruction)]
     match name, dims:
         case "split_product", [(m, k), (_, n)]:
