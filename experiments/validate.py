@@ -138,7 +138,12 @@ def _json(
         for s in summary.summaries(figures)
     ]
     orders = [
-        {**dataclasses.asdict(r), "agrees": r.agrees, "pairs": r.pairs}
+        {
+            **dataclasses.asdict(r),
+            "agrees": r.agrees,
+            "pairs": r.pairs,
+            "regret_percent": 100 * r.regret,
+        }
         for r in summary.rankings(figures)
     ]
     made = dataclasses.asdict(provenance.collect())

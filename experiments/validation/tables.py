@@ -28,6 +28,11 @@ WORDS = (
         "Partitions from best to worst; = where the measured difference is within the"
         " measured spread, and either order is right.",
     ),
+    (
+        "regret",
+        "How much longer the partition that is predicted best takes than the best; of"
+        " tokens/s/chip, how many more chip-seconds a token costs.",
+    ),
     ("older run", "A newer one ordered at least the same partitions."),
 )
 
@@ -85,7 +90,10 @@ def errors(figures: Sequence[Figure]) -> Table:
 
 def orders(found: Sequence[Ranking]) -> Table:
     """Returns one row for each measure, run and batch, best partition first."""
-    headings = ("by", "run", "batch", "measured order", "predicted order", "agrees")
+    headings = (
+        "by", "run", "batch", "measured order", "predicted order", "agrees",
+        "regret %",
+    )  # fmt: skip
     rows = [
         [
             {"tokens/s/chip": r.by}.get(r.by, r.by.upper()),
@@ -94,6 +102,7 @@ def orders(found: Sequence[Ranking]) -> Table:
             r.measured,
             r.predicted,
             "yes" if r.agrees else f"no: {'; '.join(map(' before '.join, r.wrong))}",
+            f"{100 * r.regret:.1f}",
         ]
         for r in found
     ]
