@@ -1,7 +1,11 @@
-"""Plotly figures of validation: predicted over measured, and error by batch."""
+"""Plotly figures of validation: predicted over measured, and error by batch.
+
+A colour is a partition's in every chart of a section, however its programs are
+written; a line is one run's.
+"""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,8 +18,13 @@ _FAINT, _DIAGONAL = "#6b6b6b", "#b8b8b8"
 NEAR = 0.1  # the grey stripe
 
 
-def scatter(figures: Sequence[Figure]) -> dict[str, Any]:
-    """Returns predicted over measured times; on the diagonal they are equal."""
+def scatter(figures: Sequence[Figure], colour: Mapping[str, str]) -> dict[str, Any]:
+    """Returns predicted over measured times; on the diagonal they are equal.
+
+    Args:
+      figures: of one metric.
+      colour: of each partition.
+    """
     drawing = go.Figure()
     times = [1e3 * t for f in figures for t in (f.measured_s, f.predicted_s)]
     low, high = min(times) / 1.4, max(times) * 1.4
@@ -35,12 +44,12 @@ def scatter(figures: Sequence[Figure]) -> dict[str, Any]:
         line=dict(color=_DIAGONAL, width=1),
         hoverinfo="skip",
     )
-    for label, group in _series(figures).items():
+    for group in _series(figures):
         drawing.add_scatter(
             x=[1e3 * f.measured_s for f in group],
             y=[1e3 * f.predicted_s for f in group],
             text=[str(f.batch_size) for f in group],
-            **_marks(label, group, figures),
+            **_marks(group, colour),
         )
     metric = figures[0].metric.upper()
     drawing.update_layout(
@@ -51,16 +60,20 @@ def scatter(figures: Sequence[Figure]) -> dict[str, Any]:
     return charts.finish(drawing)
 
 
-def by_batch(figures: Sequence[Figure]) -> dict[str, Any]:
-    """Returns the difference of each prediction against the batch, by partition."""
+def by_batch(figures: Sequence[Figure], colour: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the difference of each prediction against the batch, by partition.
+
+    Args:
+      figures: of one metric.
+      colour: of each partition.
+    """
     drawing = go.Figure()
     drawing.add_hrect(
         y0=-100 * NEAR, y1=100 * NEAR, fillcolor="#ededed", line_width=0, layer="below"
     )
     drawing.add_hline(y=0, line=dict(color=_DIAGONAL, width=1))
-    for label, group in _series(figures).items():
-        group = sorted(group, key=lambda f: f.batch_size)
-        marks = _marks(label, group, figures)
+    for group in _series(figures):
+        marks = _marks(group, colour)
         drawing.add_scatter(
             x=[f.batch_size for f in group],
             y=[100 * f.difference for f in group],
@@ -83,34 +96,28 @@ def by_batch(figures: Sequence[Figure]) -> dict[str, Any]:
     return charts.finish(drawing)
 
 
-def legend(figures: Sequence[Figure]) -> list[charts.Entry]:
-    """Returns (name, colour) of every series."""
-    colours = charts.colours_of(f.label for f in figures)
-    return [(label, colours[label]) for label in colours]
+def _series(figures: Sequence[Figure]) -> list[list[Figure]]:
+    """Returns the figures of each partition in each run, by batch."""
+    groups: dict[tuple[str, str], list[Figure]] = {}
+    for f in sorted(figures, key=lambda f: f.batch_size):
+        groups.setdefault((f.label, f.run), []).append(f)
+    return [*groups.values()]
 
 
-def _series(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
-    groups = {label: list[Figure]() for label, _ in legend(figures)}
-    for f in figures:
-        groups[f.label].append(f)
-    return groups
-
-
-def _marks(
-    label: str, group: Sequence[Figure], figures: Sequence[Figure]
-) -> dict[str, Any]:
+def _marks(group: Sequence[Figure], colour: Mapping[str, str]) -> dict[str, Any]:
     return dict(
         mode="markers+text",
-        name=html.escape(label),
+        name=html.escape(group[0].label),
         textposition="bottom right",
         textfont=dict(size=10, color=_FAINT),
         cliponaxis=False,
         customdata=[
             f"<b>{html.escape(f.label)}</b>, batch {f.batch_size}<br>"
             f"measured {units.seconds(f.measured_s)}, predicted"
-            f" {units.seconds(f.predicted_s)}<br>{percent(f.difference)}"
+            f" {units.seconds(f.predicted_s)}<br>{percent(f.difference)}<br>"
+            f"{html.escape(f.run)}"
             for f in group
         ],
         hovertemplate="%{customdata}<extra></extra>",
-        marker=dict(size=9, color=charts.colours_of(f.label for f in figures)[label]),
+        marker=dict(size=9, color=colour[group[0].partition]),
     )

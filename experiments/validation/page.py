@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import html, units, validated
+from experiments.report.charts import colours_of
 from experiments.report.record import Provenance
 from experiments.report.validated import Figure
 from experiments.validation import charts, summary, tables
@@ -41,6 +42,7 @@ def page(
 
 def _section(name: str, title: str, figures: Sequence[Figure]) -> dict[str, Any]:
     rankings = summary.rankings(figures)
+    colour = colours_of(f.partition for f in figures)
     by_metric = [
         (metric.upper(), group)
         for metric in validated.METRICS
@@ -50,9 +52,9 @@ def _section(name: str, title: str, figures: Sequence[Figure]) -> dict[str, Any]
         id=name,
         title=title,
         headline=tables.headline(figures),
-        legend=charts.legend(figures),
-        scatter=[(metric, charts.scatter(group)) for metric, group in by_metric],
-        by_batch=[(metric, charts.by_batch(group)) for metric, group in by_metric],
+        legend=[*colour.items()],
+        scatter=[(m, charts.scatter(group, colour)) for m, group in by_metric],
+        by_batch=[(m, charts.by_batch(group, colour)) for m, group in by_metric],
         errors=tables.errors(figures),
         orders=tables.orders(rankings),
         agreement=tables.agreed(rankings),
