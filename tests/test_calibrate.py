@@ -18,7 +18,7 @@ from experiments.calibration.points import BYTES, Point, plan
 from experiments.report.workers import Event
 from sharding import rates
 from sharding.chips import CHIPS, load_calibrated
-from sharding.chips.calibration import Sample
+from sharding.chips.calibration import Calibration, Sample
 from sharding.target import parse_target
 from tests import fakes
 
@@ -394,6 +394,30 @@ def test_described_devices_are_refused() -> None:
     pytest.importorskip("jax_plugins.xla_cuda13")
     with pytest.raises(ValueError, match=r"cannot calibrate target 'h100:2'"):
         bench.read(Ask(target="h100:2"))
+
+
+def test_runs_are_drawn_when_they_ended() -> None:
+    """A device that halves its clock while large products run."""
+    sample = Sample(
+        name="matmul",
+        at={"dtype": "bf16", "weights": "bf16", "m": 4096, "k": 1000, "n": 1000},
+        links=10,
+        slots=2,
+        calls=5,
+        warmup_samples_s=(0.9, 0.06, 0.01, 0.004, 0.004),
+        call_samples_s=(0.004, 0.008, 0.008),
+    )
+    found = Calibration(headers=(fakes.CALIBRATED,), samples=(sample,), digest="0")
+    chip = dataclasses.replace(H100, calibrated=found)
+    titles = {chart.title: chart for chart in curves.charts_of(chip)}
+    chart = titles["Products of many rows, as time goes on"]
+    (line,) = chart.lines
+    assert line.name == "4,096 rows, [1000, 1000]"
+    assert [x for x, *_ in line.points] == pytest.approx([990, 1010, 1030, 1070, 1110])
+    tflop = 2 * 4096 * 1e6 * 10 / 1e12
+    assert [y for _, y, _ in line.points] == pytest.approx(
+        [tflop / 0.004] * 3 + [tflop / 0.008] * 2
+    )
 
 
 def test_the_page_shows_every_curve(calibrate: Any) -> None:

@@ -29,6 +29,7 @@ from sharding.target import parse_target, prepare_environment
 
 SAMPLES = 7
 RUN_S = 0.015  # of calls behind each other, between two looks at the clock
+SINGLE_CALLS = 3  # runs of one call that a warm-up begins with
 LIMIT_S = 60.0  # of one point
 _MOST_CALLS = 500
 _SHORTENED = 0.95  # a chain with fewer of its links than this was simplified
@@ -225,7 +226,7 @@ def time_calls(
         wait()
         return (clock() - start) / calls
 
-    warmup = [run(1), run(1), run(1)]
+    warmup = [run(1) for _ in range(SINGLE_CALLS)]
     calls = min(max(round(RUN_S / max(warmup[-1], 1e-9)), 1), _MOST_CALLS)
     warmup += [run(calls), run(calls)]
     while not timing.settled(warmup) and len(warmup) < timing.MAX_WARMUP:

@@ -1,6 +1,7 @@
 """The curves of a calibration: a table in the terminal, a page beside the file."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import plotly.graph_objects as go
 from rich.console import Console
 from rich.table import Table
 
+from experiments.calibration import bench
 from experiments.calibration.points import BYTES
 from experiments.calibration.run import Outcome
 from experiments.report import charts, html, units
@@ -18,6 +20,7 @@ from sharding.chips import Chip, load_calibrated
 from sharding.chips.calibration import Calibration, Sample
 
 PAGE = "curves.html"
+_MANY_ROWS = 4096  # whose products wait for arithmetic alone, so that power shows
 _COLOURS = (
     "#2563a8", "#d1602d", "#2f8a57", "#a23b72", "#8a6d1d", "#5b4fb0", "#15838c",
     "#b3333b", "#6b7a2a", "#6d5a4e", "#7aa5d2", "#e6a988", "#8ec5a6", "#cf97b6",
@@ -203,7 +206,23 @@ def charts_of(chip: Chip) -> list[Chart]:
                     title=f"{title}: {what}", y=unit, lines=lines, peak=peak, **common
                 )
             )
+    many = [s for s in every if s["m"] >= _MANY_ROWS]
     charts_ += [
+        Chart(
+            title="Products of many rows, as time goes on",
+            x="ms since the first call",
+            y="TFLOP/s",
+            lines=tuple(
+                Line(
+                    name=f"{s['m']:,} rows, [{s['k']}, {s['n']}]",
+                    points=tuple(
+                        (1e3 * at, made(s) * s.links / call_s / 1e12, s.key)
+                        for at, call_s in _in_order(s)
+                    ),
+                )
+                for s in many
+            ),
+        ),
         Chart(
             title="Products in parts: weights read",
             x="rows, m",
@@ -252,6 +271,20 @@ def charts_of(chip: Chip) -> list[Chart]:
         title = f"Attention of {'prompts' if phase == 'prefill' else 'one token'}"
         charts_.append(Chart(title=title, x=size, y=unit, lines=lines, peak=peak))
     return [chart for chart in charts_ if any(line.points for line in chart.lines)]
+
+
+def _in_order(sample: Sample) -> list[tuple[float, float]]:
+    """Returns when each run ended, from the first call on, and what its calls took.
+
+    In seconds. The runs of single calls that the warm-up begins with are left out: the
+    first ones load the program.
+    """
+    runs = [(s, 1) for s in sample.warmup_samples_s[: bench.SINGLE_CALLS]]
+    rest = sample.warmup_samples_s[bench.SINGLE_CALLS :] + sample.call_samples_s
+    runs += [(s, sample.calls) for s in rest]
+    ends = itertools.accumulate(s * calls for s, calls in runs)
+    every = [(end, s) for end, (s, _) in zip(ends, runs, strict=True)]
+    return every[bench.SINGLE_CALLS :]
 
 
 def _words(sample: Sample, link_s: float) -> str:

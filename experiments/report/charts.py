@@ -34,6 +34,7 @@ Entry = tuple[str, str]
 _INK, _FAINT, _GRID = "#222222", "#6b6b6b", "#e8e8e8"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _MEASURED = "#b3333b"
+_LONG = 1e6
 _ROW_PX, _FRAME_PX = 26, 52
 
 
@@ -323,15 +324,16 @@ def _time_unit(value_s: float) -> tuple[float, str]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """Returns a logarithmic axis with ticks at round values."""
+    """Returns a logarithmic axis with ticks at round values, long ones as "5 M"."""
     known = [v for v in values if v is not None]
     # A little more than the values, for the axis reaches further.
     shown = units.ticks(min(known, default=1) / 1.5, max(known, default=1) * 1.5)
+    short = max(known, default=1) >= _LONG
     return dict(
         title=title,
         type="log",
         tickvals=shown,
-        ticktext=[units.tick(t) for t in shown],
+        ticktext=[units.tick(t, short=short) for t in shown],
     )
 
 

@@ -28,13 +28,16 @@ def digits(value: float) -> str:
     return f"{value:,.{max(2 - exponent, 0)}f}"
 
 
-def tick(value: float) -> str:
-    """Returns the name of a round value on an axis.
+def tick(value: float, *, short: bool = False) -> str:
+    """Returns the name of a round value on an axis; of a long axis `short` ones.
 
     Example:
-      >>> tick(0.5), tick(20.0), tick(5000.0)
-      ('0.5', '20', '5,000')
+      >>> tick(0.5), tick(20.0), tick(5000.0), tick(5000.0, short=True)
+      ('0.5', '20', '5,000', '5 k')
     """
+    if short:
+        size, name = next((s for s in _COUNTS if value >= s[0]), (1.0, ""))
+        return f"{value / size:g} {name}".strip()
     return f"{value:,.10g}"
 
 
