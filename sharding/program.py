@@ -536,27 +536,39 @@ class Program:
         )
 
     def _place(self, platform: str) -> Place:
-        """Returns what splits activations, and keeps a pipeline's cache as it lies.
+        """Returns what splits activations, and keeps a prompt's cache as it lies.
 
         Else XLA:GPU writes a prompt's keys as they come from the projection, positions
-        before heads, and copies the whole cache there and back around the loop. Where
-        the compiler splits the cache over devices, saying so copies more than it saves.
+        before heads, and copies the whole cache there and back around a loop over
+        micro-batches. Each device says so of its own part: the compiler cannot split
+        what is said of the whole.
         """
         manual = self._manual
         sizes = self.partition.axes
         keep = tuple(a for a in sizes if sizes[a] > 1 and a not in manual)
+        left = tuple(a for a in MESH_AXES if a not in manual)
         rules, phase = self.partition.rules, self.phase
         gpu = platform in ("gpu", "cuda", "rocm")
-        pinned = gpu and phase == "prefill" and not keep
+        pinned = gpu and phase == "prefill"
+
+        def pin(x: jax.Array) -> jax.Array:
+            return layouts.with_layout_constraint(
+                x, layouts.Layout(tuple(range(x.ndim)))
+            )
 
         def place(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
             if keep:
                 spec = rules.spec(names, phase=phase, keep=keep)
                 x = lax.with_sharding_constraint(x, spec)
             if pinned and names[-len(CACHE_AXES) :] == CACHE_AXES:
-                x = layouts.with_layout_constraint(
-                    x, layouts.Layout(tuple(range(x.ndim)))
-                )
+                spec = rules.spec(names, phase=phase, keep=left)
+                x = jax.shard_map(
+                    pin,
+                    in_specs=spec,
+                    out_specs=spec,
+                    axis_names=set(left),
+                    check_vma=False,
+                )(x)
             return x
 
         return place
