@@ -11,7 +11,7 @@ A program that was compiled is not compiled again, so the same command goes on w
 was stopped, and prices everything anew when a chip's rates have changed. The page of
 rows kept earlier takes no compiler:
 
-    python -m experiments.paper --rows=docs/records/2026-11-28-paper \
+    python -m experiments.paper --rows=docs/records/2026-11-30-paper \
         --out=runs/paper --findings=docs/findings.md
 """
 
