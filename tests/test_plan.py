@@ -163,7 +163,7 @@ def _points_of(folder: str) -> list[Record]:
 def demo() -> list[tuple[Record, Candidate]]:
     """The committed demo: every record with the candidate of its point."""
     found = []
-    for record in _points_of("2026-11-28-demo"):
+    for record in _points_of("2026-11-30-demo"):
         names = [field.name for field in dataclasses.fields(Point)]
         point = Point(**{name: getattr(record, name) for name in names})
         target = parse_target(point.target)
