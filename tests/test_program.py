@@ -164,6 +164,17 @@ def test_unrolled_ticks_read_the_cache_where_it_lies(target: str, name: str) -> 
     assert counts[0] == counts[1]
 
 
+def test_a_pipelines_prefill_holds_one_cache() -> None:
+    for ticks in ("scanned", "unrolled"):
+        _, result, _ = compiled(
+            "h100:8", "llama-3.1-70b", "pp8", "prefill", "unrolled", 64, "megatron",
+            ticks,
+        )  # fmt: skip
+        kv = result.memory.kv_bytes
+        assert 0 <= result.alias_bytes - kv < 0.001 * kv
+        assert result.memory.activations_bytes < 0.2 * kv
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "ticks"),
     [
