@@ -4,6 +4,7 @@ A few lines of roofline arithmetic for Llama-3.1-70B stand in for the compiler, 
 that winners, frontiers and points that do not fit come out as they would.
 """
 
+import dataclasses
 import os
 import signal
 import time
@@ -18,7 +19,8 @@ from experiments.report.record import (
     TimeParts,
     metrics,
 )
-from sharding.chips.calibration import Header
+from sharding.chips import Chip
+from sharding.chips.calibration import Calibration, Header, Sample
 
 PARTITIONS = ("tp8", "tp4_pp2", "tp2_pp4", "pp8", "dp2_tp4", "dp4_tp2", "dp8")
 _LAYERS, _WIDTH, _WEIGHTS, _KV_TOKEN = 80, 8192, 141e9, 327_680
@@ -46,6 +48,12 @@ CALIBRATED = Header(
     commit="0123",
     time="2026-11-24T10:00:00Z",
 )
+
+
+def calibrated(chip: Chip, *samples: Sample) -> Chip:
+    """Returns a chip with samples of benchmarks that nobody ran."""
+    found = Calibration(headers=(CALIBRATED,), samples=samples, digest="0")
+    return dataclasses.replace(chip, calibrated=found)
 
 
 def point(**changes) -> Point:

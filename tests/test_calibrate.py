@@ -18,7 +18,7 @@ from experiments.calibration.points import BYTES, Point, plan
 from experiments.report.workers import Event
 from sharding import rates
 from sharding.chips import CHIPS, load_calibrated
-from sharding.chips.calibration import Calibration, Sample
+from sharding.chips.calibration import Sample
 from sharding.target import parse_target
 from tests import fakes
 
@@ -407,8 +407,7 @@ def test_runs_are_drawn_when_they_ended() -> None:
         warmup_samples_s=(0.9, 0.06, 0.01, 0.004, 0.004),
         call_samples_s=(0.004, 0.008, 0.008),
     )
-    found = Calibration(headers=(fakes.CALIBRATED,), samples=(sample,), digest="0")
-    chip = dataclasses.replace(H100, calibrated=found)
+    chip = fakes.calibrated(H100, sample)
     titles = {chart.title: chart for chart in curves.charts_of(chip)}
     chart = titles["Products of many rows, as time goes on"]
     (line,) = chart.lines

@@ -11,7 +11,6 @@ import pytest
 from sharding import curves, links, rates
 from sharding.chips import CHIPS, Chip, find_chip
 from sharding.chips.calibration import (
-    Calibration,
     Sample,
     header_line,
     read_calibration,
@@ -111,8 +110,7 @@ SAMPLES = (
 
 
 def _calibrated(*samples: Sample) -> Chip:
-    found = Calibration(headers=(fakes.CALIBRATED,), samples=samples, digest="0")
-    return dataclasses.replace(H100, calibrated=found)
+    return fakes.calibrated(H100, *samples)
 
 
 MEASURED = _calibrated(*SAMPLES)

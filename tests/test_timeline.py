@@ -9,12 +9,13 @@ import pytest
 
 from sharding import clock
 from sharding.chips import CHIPS
-from sharding.chips.calibration import Calibration, Header, Sample
+from sharding.chips.calibration import Sample
 from sharding.estimate import collective_time_s, estimate
 from sharding.hlo.ledger import Collective, Cost, Ledger, Step, read_ledger
 from sharding.hlo.records import Block, Product, Steps, Wait
 from sharding.timeline import Timeline, lay_out
 from sharding.trace import trace
+from tests import fakes
 
 DATA = pathlib.Path(__file__).parent / "data/hlo"
 AXES = {
@@ -468,12 +469,7 @@ def test_what_was_measured_is_what_a_step_costs() -> None:
         _sample("collective", 5e-6, wire=4096, devices=1, **each),
         _sample("apart", 9e-6 + 5e-6, wire=4096, devices=1, **each),
     )  # fmt: skip
-    header = Header(
-        chip="h100", devices=("NVIDIA H100 80GB HBM3",), driver=None,
-        versions={"jax": "0.11.2"}, flags={}, command="", commit="", time="2026-11-24",
-    )  # fmt: skip
-    calibration = Calibration(headers=(header,), samples=samples, digest="0")
-    chip = dataclasses.replace(CHIPS["h100"].published(), calibrated=calibration)
+    chip = fakes.calibrated(CHIPS["h100"].published(), *samples)
     product = dataclasses.replace(
         _kernel(0),
         cost=_cost(2 * m * n * k, 2 * (m * k + k * n + m * n)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -279,12 +280,11 @@ def _in_order(sample: Sample) -> list[tuple[float, float]]:
     In seconds. The runs of single calls that the warm-up begins with are left out: the
     first ones load the program.
     """
-    runs = [(s, 1) for s in sample.warmup_samples_s[: bench.SINGLE_CALLS]]
-    rest = sample.warmup_samples_s[bench.SINGLE_CALLS :] + sample.call_samples_s
-    runs += [(s, sample.calls) for s in rest]
-    ends = itertools.accumulate(s * calls for s, calls in runs)
-    every = [(end, s) for end, (s, _) in zip(ends, runs, strict=True)]
-    return every[bench.SINGLE_CALLS :]
+    runs_s = sample.warmup_samples_s + sample.call_samples_s
+    single = min(bench.SINGLE_CALLS, len(sample.warmup_samples_s))
+    calls = [1] * single + [sample.calls] * (len(runs_s) - single)
+    ends_s = itertools.accumulate(map(operator.mul, runs_s, calls))
+    return [*zip(ends_s, runs_s, strict=True)][bench.SINGLE_CALLS :]
 
 
 def _words(sample: Sample, link_s: float) -> str:
