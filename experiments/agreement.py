@@ -20,6 +20,7 @@ from sharding.target import Target
 # The plainest way: ordinary operations alone.
 PLAIN = {
     "attention": "blocks",
+    "rotation": "joined",
     "token_attention": "einsum",
     "residual": "plain",
     "prompt_residual": "plain",

@@ -445,6 +445,8 @@ def price_counted(
         prompt_residual=_kernel(program.prompt_residual, "plain"),
         overlap=_kernel(program.overlap, "none"),
         last_layer=_kernel(program.last_layer, "all"),
+        rotation=_kernel(program.rotation, "joined"),
+        compiler_options=dict(program.compiler_options) or None,
         ticks=counted.ticks,
         busy_ticks=counted.busy_ticks,
     )

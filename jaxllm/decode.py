@@ -21,7 +21,7 @@ from jaxllm.attention import (
 )
 from jaxllm.cache import CACHE_AXES, KV, CacheLayer
 from jaxllm.config import ModelConfig
-from jaxllm.layers import Place, angles_at, anywhere, turned
+from jaxllm.layers import Place, Rotate, angles_at, anywhere, rotate, turned
 from jaxllm.model import (
     Attend,
     LastLayer,
@@ -70,6 +70,7 @@ def prompt_attend(
     place: Place = anywhere,
     attention: PromptAttention = causal_attention,
     *,
+    rotate: Rotate = rotate,
     fill: bool = False,
 ) -> Attend:
     """Returns attention of a whole prompt, which fills the cache from position 0.
@@ -77,12 +78,13 @@ def prompt_attend(
     Args:
       place: pins activations.
       attention: of the prompt over itself.
+      rotate: turns queries and keys.
       fill: write zeros behind the prompt, up to the cache's end. Where positions are
         split over devices, a part of them cannot be written without gathering all.
     """
 
     def attend(qkv: Array, angles: Array, cache: CacheLayer):
-        q, k, v = turned(qkv, angles)
+        q, k, v = turned(qkv, angles, rotate)
         *_, kv_heads, length, _ = cache.kv.k.shape
         kept = _for_cache(k, v, kv_heads, place, length if fill else None)
         return attention(q, k, v), cache.write(kept, 0, place)
@@ -253,6 +255,7 @@ def prefill(
     place: Place = anywhere,
     lookup: Lookup = whole_table,
     attention: PromptAttention = causal_attention,
+    rotate: Rotate = rotate,
     row: Int[Array, ""] | int = 0,
     steps: Steps | None = None,
     turn: Turn | None = None,
@@ -270,6 +273,7 @@ def prefill(
       place: pins activations.
       lookup: how tokens are embedded.
       attention: of the prompt over itself.
+      rotate: turns queries and keys.
       row: first sequence of the cache to fill (a micro-batch fills its rows).
       steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs two halves of the sequences in turns; see `run_blocks`.
@@ -286,12 +290,14 @@ def prefill(
         cache,
         x,
         angles_at(positions, config),
-        prompt_attend(place, attention, fill=fill),
+        prompt_attend(place, attention, rotate=rotate, fill=fill),
         place,
         cache_at=CacheLayer(kv=KV(x, x), row=row),
         steps=steps,
         turn=turn,
-        last=last_layer(tokens, lengths, place, fill=fill) if only_last else None,
+        last=last_layer(tokens, lengths, place, rotate=rotate, fill=fill)
+        if only_last
+        else None,
     )
     last = x[:, 0] if only_last else last_position(x, lengths)
     return cache, ends.logits(place(last, ("batch", "embed")), place)
@@ -302,6 +308,7 @@ def last_layer(
     lengths: Int[Array, " B"] | None,
     place: Place,
     *,
+    rotate: Rotate,
     fill: bool,
     when: Bool[Array, ""] | None = None,
 ) -> LastLayer:
@@ -313,7 +320,7 @@ def last_layer(
     where = jnp.full((batch,), count) if lengths is None else lengths
     attention = functools.partial(last_attention, positions=where - 1)
     return LastLayer(
-        attend=prompt_attend(place, attention, fill=fill),
+        attend=prompt_attend(place, attention, rotate=rotate, fill=fill),
         pick=lambda x: last_position(x, lengths)[:, None],
         when=when,
     )

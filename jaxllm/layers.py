@@ -22,6 +22,9 @@ from jaxllm.quantized import GROUP, Quantized, product
 # Pins an activation, whose dimensions are named, to a layout; returns it.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
 
+# Turns coordinate pairs of heads [B, T, K, G, H] by angles [B, T, P].
+Rotate = Callable[[Array, Array], Array]
+
 
 def anywhere(x: Array, names: tuple[str | None, ...]) -> Array:
     """A `Place` that leaves every activation where it is."""
@@ -91,8 +94,26 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+def rotate_flipped(
+    x: Float[Array, "B T K G H"], angles: Float[Array, "B T P"]
+) -> Float[Array, "B T K G H"]:
+    """Returns what `rotate` does: both halves by cosine, and by sine the other way.
+
+    XLA:GPU reads halves that were joined two bytes at a time, and these as wide as it
+    can; XLA:TPU rather joins.
+    """
+    signs = jnp.array([-1.0, 1.0], jnp.float32).reshape(1, 1, 1, 1, 2, 1)
+    cos = jnp.cos(angles)[:, :, None, None, None, :]
+    sin = jnp.sin(angles)[:, :, None, None, None, :] * signs
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = halves * cos + jnp.flip(halves, axis=-2) * sin
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
 def turned(
-    qkv: Float[Array, "B T K S H"], angles: Float[Array, "B T P"]
+    qkv: Float[Array, "B T K S H"],
+    angles: Float[Array, "B T P"],
+    rotate: Rotate = rotate,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns rotated queries, rotated keys and values of `Attention.project_in`."""
     rotated = rotate(qkv[:, :, :, :-1], angles)

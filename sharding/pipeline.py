@@ -42,7 +42,7 @@ from jaxllm.decode import (
     prompt_attend,
     token_attend,
 )
-from jaxllm.layers import Place, angles_at
+from jaxllm.layers import Place, Rotate, angles_at
 from jaxllm.model import (
     LastLayer,
     Params,
@@ -69,6 +69,7 @@ class Pipeline:
       ticks: of decode, and how the cache lies: see `sharding.layout.Layout`.
       place: pins activations over the axes that the compiler handles.
       attention: of a prompt over itself.
+      rotate: turns its queries and keys.
       token_attention: of one token over the cache; see `token_attend`.
       steps: parts of each block as kernels; see `jaxllm.model`.
       turn: runs halves of a micro-batch in turns; see `jaxllm.model.run_blocks`.
@@ -91,6 +92,7 @@ class Pipeline:
     ticks: Ticks
     place: Place
     attention: PromptAttention
+    rotate: Rotate
     token_attention: TokenAttention | None
     steps: Steps | None
     turn: Turn | None
@@ -160,7 +162,14 @@ class Pipeline:
         if not self.only_last:
             return None
         is_last = lax.axis_index(_AXIS) == self.stages - 1
-        return last_layer(tokens, lengths, self.place, fill=self.fill, when=is_last)
+        return last_layer(
+            tokens,
+            lengths,
+            self.place,
+            rotate=self.rotate,
+            fill=self.fill,
+            when=is_last,
+        )
 
     def _read(
         self,
@@ -177,7 +186,9 @@ class Pipeline:
 
         Its keys and values are written from sequence `row` on, unless `keep`.
         """
-        attend = prompt_attend(self.place, self.attention, fill=self.fill)
+        attend = prompt_attend(
+            self.place, self.attention, rotate=self.rotate, fill=self.fill
+        )
         run = functools.partial(
             run_blocks, self.config, blocks, steps=self.steps, turn=self.turn, last=last
         )

@@ -14,7 +14,7 @@ that share nothing, are handled by `jax.shard_map` around it (`sharding.pipeline
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,7 +28,7 @@ from jaxllm.attention import PromptAttention
 from jaxllm.cache import CACHE_AXES
 from jaxllm.config import ModelConfig
 from jaxllm.decode import GREEDY, Lookup, Sampling, TokenAttention
-from jaxllm.layers import Place
+from jaxllm.layers import Place, Rotate, rotate, rotate_flipped
 from jaxllm.model import Layers, Params, Steps, Turn
 from jaxllm.norm_kernel import Mailbox
 from jaxllm.quantized import KVFormat, WeightFormat
@@ -53,6 +53,9 @@ from sharding.target import Target
 
 Phase = Literal["prefill", "decode"]
 LastLayer = Literal["all", "last"]
+Rotation = Literal["joined", "flipped"]
+
+_ROTATIONS: Mapping[Rotation, Rotate] = {"joined": rotate, "flipped": rotate_flipped}
 
 # Prompt tokens that a replica reads at once. More would only cost memory: a matrix
 # product of this many rows is limited by compute on every chip we know (an H100 needs
@@ -144,6 +147,7 @@ class Program:
       layers: unrolled or scanned.
       ticks: of a decode pipeline, unrolled or scanned; see `Layout.ticks`.
       attention: how a prompt's is computed; see `sharding.attention`.
+      rotation: how its queries and keys are turned; see `jaxllm.layers`.
       token_attention: how that of a decoded token is; see there.
       residual: how a token's products are added up; see `sharding.residual`.
       prompt_residual: how a prompt's are; see there.
@@ -171,6 +175,7 @@ class Program:
     layers: Layers = "unrolled"
     ticks: Ticks = "scanned"
     attention: Attention = "blocks"
+    rotation: Rotation = "joined"
     token_attention: Token = "einsum"
     residual: Residual = "plain"
     prompt_residual: PromptResidual = "plain"
@@ -192,6 +197,11 @@ class Program:
             )
         if reason := refusal(self.attention, self.config, self.dtype):
             raise ValueError(reason)
+        if self.rotation not in _ROTATIONS:
+            known = ", ".join(_ROTATIONS)
+            raise ValueError(
+                f"no rotation {self.rotation!r}; there are {known}. Choose one."
+            )
         if reason := self.token_refusal(self.token_attention):
             raise ValueError(reason)
         if reason := self.residual_refusal(self.residual):
@@ -672,6 +682,7 @@ class Program:
             ticks=self.ticks,
             place=self._place(platform),
             attention=self._attention(),
+            rotate=_ROTATIONS[self.rotation],
             token_attention=self._token_attention(platform),
             steps=self._steps(mesh),
             turn=self._turn(platform),
@@ -727,6 +738,7 @@ class Program:
                 place=place,
                 lookup=lookup,
                 attention=attention,
+                rotate=_ROTATIONS[self.rotation],
                 row=row,
                 steps=steps,
                 turn=turn,

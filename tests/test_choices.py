@@ -209,6 +209,61 @@ def test_the_last_layer_is_short_where_nothing_reads_the_rest(
 
 
 @pytest.mark.parametrize(
+    ("platform", "phase", "attached", "changes", "rotation"),
+    [
+        ("cuda", "prefill", True, {}, "flipped"),
+        ("cuda", "prefill", True, {"rotation": "joined"}, "joined"),
+        ("cuda", "decode", True, {"rotation": "flipped"}, "joined"),  # of prompts
+        ("cuda", "prefill", False, {}, "joined"),
+        ("tpu", "prefill", True, {}, "joined"),
+    ],
+)
+def test_prompts_are_rotated_as_the_platform_reads_them(
+    platform: str, phase: Phase, attached: bool, changes: dict[str, str], rotation: str
+) -> None:
+    asked = program(phase, "tp2")
+    found = choices.choose(asked, on(platform, attached), changes=changes)
+    assert found.rotation == rotation
+
+
+def test_a_rotation_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="no rotation 'turned'; there are joined, fl"):
+        dataclasses.replace(program(), rotation="turned")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "attached", "how", "triton"),
+    [
+        ("tp1", 16, True, {}, "False"),
+        ("pp2", 16, True, {}, "False"),
+        ("tp1", 1, True, {}, None),  # few tokens
+        ("tp2", 16, True, {}, None),  # sums add and norm
+        ("tp1", 16, False, {}, None),
+        ("tp1", 16, True, {"weights": "int8"}, None),  # wide only inside a product
+        ("tp1", 16, True, {"phase": "decode"}, None),
+    ],
+)
+def test_products_of_long_prompts_are_left_to_the_library(
+    name: str, batch: int, attached: bool, how: dict[str, Any], triton: str | None
+) -> None:
+    asked = dataclasses.replace(program("prefill", name, batch), **how)
+    found = choices.choose(asked, on("cuda", attached))
+    options = dict(found.compiler_options)
+    assert options.get("xla_gpu_enable_triton_gemm") == triton
+
+
+def test_options_that_are_asked_for_stand_beside_those_of_the_table() -> None:
+    changes = {"xla_gpu_enable_pdl": "False"}
+    found = choices.choose(program("prefill", "tp1"), on("cuda"), changes=changes)
+    assert dict(found.compiler_options) == {
+        "xla_gpu_enable_triton_gemm": "False", **changes
+    }  # fmt: skip
+    changes = {"xla_gpu_enable_triton_gemm": "True"}
+    found = choices.choose(program("prefill", "tp1"), on("cuda"), changes=changes)
+    assert dict(found.compiler_options) == changes
+
+
+@pytest.mark.parametrize(
     ("name", "how", "reason"),
     [
         ("tp2", {"phase": "decode"}, "phase decode"),

@@ -14,7 +14,7 @@ from jaxllm import decode, model
 from jaxllm.attention import blocks_of, causal_attention
 from jaxllm.cache import KV
 from jaxllm.config import PRESETS, TINY, ModelConfig
-from jaxllm.layers import mlp_pieces
+from jaxllm.layers import Rotate, mlp_pieces, rotate, rotate_flipped
 from tests import reference
 
 SMALL = {
@@ -216,6 +216,21 @@ def test_hugging_face_config_is_the_preset(tmp_path: pathlib.Path) -> None:
 def test_other_architectures_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_lib.from_hugging_face({**HUGGING_FACE, **change})
+
+
+@pytest.mark.parametrize("turn", [rotate, rotate_flipped])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pairs_are_turned_like_complex_numbers(turn: Rotate, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 2, 4, 6)), dtype)
+    angles = rng.uniform(0, 9, (2, 3, 3)).astype(np.float32)
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    want = (first + 1j * second) * np.exp(1j * angles[:, :, None, None])
+    want = np.concatenate([want.real, want.imag], axis=-1)
+    found = turn(x, jnp.asarray(angles))
+    assert found.dtype == dtype
+    most = 1e-5 if dtype == jnp.float32 else 2**-8 * np.abs(want)
+    assert (np.abs(np.asarray(found, np.float64) - want) <= most + 1e-5).all()
 
 
 def test_the_rotary_embedding_has_two_names() -> None:

@@ -17,7 +17,7 @@ from sharding.layout import Layout, Ticks
 from sharding.mesh import make_mesh
 from sharding.overlap import Overlap
 from sharding.partition import Partition, Workload
-from sharding.program import LastLayer, Program
+from sharding.program import LastLayer, Program, Rotation
 from sharding.residual import PromptResidual, Residual
 from sharding.rules import AxisRules
 from sharding.run import answers
@@ -52,6 +52,7 @@ def run(
     sampling: Sampling = GREEDY,
     ticks: Ticks = "scanned",
     attention: Attention = "blocks",
+    rotation: Rotation = "joined",
     token_attention: Token = "einsum",
     residual: Residual = "plain",
     prompt_residual: PromptResidual = "plain",
@@ -74,6 +75,7 @@ def run(
             layers=layers,
             ticks=ticks,
             attention=attention,
+            rotation=rotation if phase == "prefill" else "joined",
             token_attention=token_attention if phase == "decode" else "einsum",
             residual=residual if phase == "decode" else "plain",
             prompt_residual=prompt_residual if phase == "prefill" else "plain",
@@ -410,7 +412,7 @@ def test_the_last_layer_is_read_at_the_last_position(
     tokens, logits, _ = run(
         model, name, "megatron", "unrolled", ragged, batch,
         ticks="unrolled" if stages > 1 else "scanned", prompt_residual=residual,
-        last_layer="last", micro_batches=min(batch, 2 * stages),
+        last_layer="last", rotation="flipped", micro_batches=min(batch, 2 * stages),
     )  # fmt: skip
     want_tokens, want_logits = one_device(model, ragged, batch)
     np.testing.assert_array_equal(tokens, want_tokens)

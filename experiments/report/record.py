@@ -188,6 +188,8 @@ class PhaseRecord:
       prompt_residual: kernel that adds a prompt's up; null for ordinary operations.
       overlap: what of a prompt runs while devices sum; null for nothing.
       last_layer: of which of a prompt's positions it computes all; null for all.
+      rotation: how a prompt's queries and keys are turned; null for halves joined.
+      compiler_options: of XLA that this program was given; null for the target's alone.
     """
 
     layers: str
@@ -211,6 +213,10 @@ class PhaseRecord:
     prompt_residual: str | None = dataclasses.field(default=None, metadata=_ADDED)
     overlap: str | None = dataclasses.field(default=None, metadata=_ADDED)
     last_layer: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    rotation: str | None = dataclasses.field(default=None, metadata=_ADDED)
+    compiler_options: Mapping[str, str] | None = dataclasses.field(
+        default=None, metadata=_ADDED
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ METRICS = ("ttft", "tpot")
 _CHOICE = "choice "  # begins their names in a record's context
 # What a phase is written with, and how, by the fields of its record and `Program`.
 KERNELS = ("attention", "token_attention", "residual", "prompt_residual", "overlap")
-WRITING = (*KERNELS, "last_layer")
+WRITING = (*KERNELS, "rotation", "last_layer")
 NOT_VALIDATED = "not validated here"
 
 

@@ -139,6 +139,7 @@ class AsMeasured(evaluate.Compiler):
             name: value for name in _WRITING if (value := getattr(ran, name, None))
         }
         how["ticks"] = "unrolled" if ran.unrolled_ticks else "scanned"
+        how["compiler_options"] = tuple((ran.compiler_options or {}).items())
         cut = self._measured.record.micro_batches
         if program.phase == "prefill" and program.prefill_micro_batches != cut:
             how["micro_batches"] = cut
