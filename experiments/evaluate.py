@@ -411,7 +411,10 @@ def price(
 def estimated(program: Program, counted: Counted, target: Target) -> Estimate:
     """Returns how long a call of a program should take on the chip of `target`."""
     ticks = dict(ticks=counted.ticks, busy_ticks=counted.busy_ticks)
-    return estimate(counted.ledger, target.chip, dtype=program.dtype, **ticks)
+    idle = program.phase == "prefill"
+    return estimate(
+        counted.ledger, target.chip, dtype=program.dtype, idle=idle, **ticks
+    )
 
 
 def price_counted(

@@ -70,11 +70,13 @@ def estimate(
     dtype: str = "bf16",
     ticks: int = 1,
     busy_ticks: int = 1,
+    idle: bool = False,
 ) -> Estimate:
     """Returns how long one call of the program behind `ledger` should take.
 
     The time is that of its timeline, and the overhead of a call before it, or as much
-    more as the host needs to start one. Stages run idle ticks like any other; so of a
+    more as the host needs to start one; all that the host needs if the devices wait for
+    it. Stages run idle ticks like any other; so of a
     loop over ticks, or of everything where there is none, the share that is not busy
     is moved from the other parts to `bubble_s`.
 
@@ -84,6 +86,8 @@ def estimate(
       dtype: of the matrix products, e.g. "bf16" or "float32".
       ticks: equal steps that the program runs.
       busy_ticks: those in which a stage works on real data.
+      idle: nothing runs when the call is made, as before a prompt; else the host is
+        ahead, and starts it while the call before still runs.
 
     Raises:
       ValueError: the chip has no rate for `dtype`, a collective's kind is unknown,
@@ -95,22 +99,24 @@ def estimate(
             " in at least one tick and at most in all. Pass 1 <= busy_ticks <= ticks."
         )
     device, devices = chip.per_device(), ledger.devices
+    call_s = rates.call_overhead_s(device, devices=devices)
+    host_s = rates.dispatch_s(device, arguments=ledger.arguments, devices=devices)
     timeline = lay_out(
         ledger,
         chip,
         dtype=dtype,
-        call_s=rates.call_overhead_s(device, devices=devices),
-        least_s=rates.dispatch_s(device, arguments=ledger.arguments, devices=devices),
+        call_s=call_s + (host_s if idle else 0.0),
+        least_s=host_s,
     )
     parts = dict(timeline.parts)
-    idle = (ticks - busy_ticks) / ticks
-    looped = _tick_loops(timeline.run, ticks) if idle else []
+    empty = (ticks - busy_ticks) / ticks
+    looped = _tick_loops(timeline.run, ticks) if empty else []
     wasted = looped or [timeline.run.parts]
     bubble: list[float] = []
-    for run in wasted if idle else ():
+    for run in wasted if empty else ():
         for name, seconds in run.items():
-            parts[name] -= idle * seconds
-            bubble.append(idle * seconds)
+            parts[name] -= empty * seconds
+            bubble.append(empty * seconds)
     links = {
         name.removesuffix(_LINKS): max(seconds, 0.0)
         for name, seconds in parts.items()

@@ -188,6 +188,20 @@ def test_gaps_and_calls_are_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lay_out(ledger, TOY, call_s=2, least_s=20).total_s == 20
 
 
+@pytest.mark.parametrize(
+    ("kernel_s", "idle", "total_s"), [(1, False, 20), (60, False, 62), (60, True, 82)]
+)
+def test_devices_that_do_nothing_wait_for_the_host(
+    monkeypatch: pytest.MonkeyPatch, kernel_s: int, idle: bool, total_s: int
+) -> None:
+    monkeypatch.setattr("sharding.rates.call_overhead_s", lambda chip, devices: 2.0)
+    monkeypatch.setattr(
+        "sharding.rates.dispatch_s", lambda chip, arguments, devices: 20.0
+    )
+    ledger = Ledger(costs=(), collectives=(), steps=(_kernel(kernel_s),))
+    assert estimate(ledger, TOY, idle=idle).total_s == total_s
+
+
 def test_cost_is_linear_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A billion kernels are counted by looking at a few."""
     seen: list[str] = []
